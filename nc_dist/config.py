@@ -1,0 +1,135 @@
+"""The four runs that a YAML file can describe: composed specs, nothing else.
+
+Every key of a run is here or in the spec that the key names; a run file is complete, at most 60 lines.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from nc_dist.data.augment import AugmentSpec, CropFlip, InputSpec, NoAugment
+from nc_dist.engine import DeepSpeedSpec, EngineSpec, TorchSpec
+from nc_dist.losses import LossSpec
+from nc_dist.methods import MethodSpec
+from nc_dist.model import ModelSpec
+from nc_dist.optim import SGD, OptimSpec, Schedule
+from nc_dist.spec import Spec
+
+
+class Launch(Spec):
+    """How a run is placed on Ray; it never changes what the run computes."""
+
+    workers: int = Field(1, ge=1)
+    cpus: float = Field(1, gt=0)  # per worker
+    gpus: float | None = Field(None, ge=0)  # per worker; null: 1 where the cluster has GPUs
+    retries: int = Field(2, ge=0)  # of the whole worker group, each from the last checkpoint
+
+
+class BatchSpec(Spec):
+    """A step: `global` images, in micro-batches of `micro` that belong together whatever the world size."""
+
+    global_: int = Field(128, ge=1, alias="global")
+    micro: int = Field(64, ge=1)
+
+
+class SourceData(Spec):
+    """What a source model is trained on: each set is a folder of shards, an ImageFolder or a catalogued name."""
+
+    train: str
+    test: str | None = None  # reported at the end, never used to choose
+    holdout_per_class: int = Field(20, ge=0)  # cut from train, seeded: chooses checkpoints, held-out NC
+    augment: AugmentSpec = CropFlip()
+    lanes: int | None = Field(None, ge=1)  # null: as many as fit, see data/order.py
+    window: int = Field(4, ge=1)  # shards that are shuffled together
+    workers: int = Field(0, ge=0)  # loader processes of each rank
+
+
+class TargetData(Spec):
+    """A downstream set; `shots` is the label budget per class, null for all."""
+
+    train: str
+    test: str | None = None  # null: the same name's test split
+    shots: int | None = Field(None, ge=2)
+    subset_seed: int = Field(0, ge=0)  # apart from the run's seed and shared by all methods
+    augment: AugmentSpec = NoAugment()
+    workers: int = Field(0, ge=0)
+
+
+class Probe(Spec):
+    """The fixed, seeded subset that NC is measured on; `per_class` null takes every sample."""
+
+    per_class: int | None = Field(50, ge=1)
+    batch: int = Field(256, ge=1)
+
+
+class PretrainRun(Spec):
+    """One source model."""
+
+    out: str
+    seed: int = Field(0, ge=0)
+    data: SourceData
+    input: InputSpec = InputSpec()
+    model: ModelSpec
+    loss: LossSpec
+    optim: OptimSpec = SGD()
+    schedule: Schedule = Schedule()
+    engine: EngineSpec = DeepSpeedSpec()
+    batch: BatchSpec = BatchSpec()
+    epochs: float = Field(gt=0)
+    probe: Probe = Probe()
+    measure_every: int | None = Field(None, ge=1)  # steps; null: a twelfth of the run
+    save_every: int | None = Field(None, ge=1)  # steps; null: a sixth of the run
+    log_every: int = Field(20, ge=1)  # steps
+    launch: Launch = Launch()
+
+
+class FinetuneRun(Spec):
+    """One trial: a source model, a downstream set, a method."""
+
+    out: str
+    seed: int = Field(0, ge=0)
+    source: str  # a finished pre-training run, or an exported model
+    data: TargetData
+    method: MethodSpec
+    optim: OptimSpec = SGD(lr=0.01)
+    schedule: Schedule = Schedule()
+    engine: EngineSpec = TorchSpec()
+    batch: BatchSpec = BatchSpec(global_=64, micro=64)
+    epochs: float = Field(20, gt=0)
+    probe: Probe = Probe()
+    log_every: int = Field(50, ge=1)
+    launch: Launch = Launch()
+
+
+class MeasureRun(Spec):
+    """NC of an exported model on a data set."""
+
+    out: str
+    seed: int = Field(0, ge=0)
+    model: str  # a finished run, or an exported model
+    data: str
+    split: Literal["train", "test"] = "train"  # of a catalogued set that names none
+    per_class: int | None = Field(None, ge=1)  # null: every sample
+    batch: int = Field(256, ge=1)
+    blocks: list[str] | Literal["all"] = []  # besides the features before and after the head
+    launch: Launch = Launch()
+
+
+class TrialPlacement(Spec):
+    """What one trial takes of the cluster, and how many may run at a time (null: as many as fit)."""
+
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+    concurrent: int | None = Field(None, ge=1)
+    retries: int = Field(1, ge=0)
+
+
+class SweepRun(Spec):
+    """Many trials: every combination of the grid's values, put over the base (a fine-tuning run without `out`)."""
+
+    out: str
+    base: dict[str, Any]
+    grid: dict[str, list[Any]]
+    launch: TrialPlacement = TrialPlacement()

@@ -1,0 +1,156 @@
+"""What a person sees while something runs: read from the files that the run writes, in the process they look at.
+
+On a terminal a progress bar with the newest line, elsewhere plain lines. The same whether the run is here or on Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from nc_dist.run_folder import result_of
+from nc_dist.tracking import FILE
+
+POLL_SECONDS = 0.5
+Row = dict[str, Any]
+
+
+@contextmanager
+def following(folder: Path) -> Iterator[None]:
+    """Show a run's lines while the block runs."""
+    with _watching(lambda: _lines(folder / FILE)):
+        yield
+
+
+@contextmanager
+def following_trials(folders: Sequence[Path]) -> Iterator[None]:
+    """Show one line for each trial that ends while the block runs."""
+    with _watching(lambda: _trial_lines(folders)):
+        yield
+
+
+Line = tuple[str, float] | None  # text and fraction done; None: nothing new
+
+
+@contextmanager
+def _watching(lines: Any) -> Iterator[None]:
+    """Print lines from a thread until the block ends, then what is left of them."""
+    done = threading.Event()
+    console = Console(soft_wrap=True, highlight=False)
+
+    def show(put: Any) -> None:
+        source: Iterator[Line] = lines()
+        for line in source:
+            if line is not None:
+                put(*line)
+            elif done.wait(POLL_SECONDS):
+                break
+        for line in itertools_until_none(source):
+            put(*line)
+
+    def work() -> None:
+        if not console.is_terminal:
+            show(lambda text, _: console.print(text, markup=False))
+            return
+        columns = (BarColumn(24), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"))
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("starting", total=1.0)
+            show(lambda text, part: progress.update(task, description=text, completed=part))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+
+
+def itertools_until_none(lines: Iterator[Line]) -> Iterator[tuple[str, float]]:
+    """What is there already."""
+    for line in lines:
+        if line is None:
+            return
+        yield line
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """Lines of the rows that metrics.jsonl gains, None whenever there is nothing new."""
+    offset = path.stat().st_size if path.exists() else 0
+    newest_nc: float | None = None
+    first: Row | None = None
+    while True:
+        if not path.exists() or path.stat().st_size < offset:
+            offset = 0  # a new file: cut back for a resume
+        text = ""
+        if path.exists():
+            with path.open() as file:
+                file.seek(offset)
+                text = file.read()
+        whole, newline, _ = text.rpartition("\n")
+        offset += len((whole + newline).encode())
+        for row in (json.loads(line) for line in whole.splitlines() if line.startswith("{")):
+            newest_nc = row.get("nc/train_before/nc1", newest_nc)
+            if "train/loss" in row:
+                first = first or row
+                yield progress_line(row, first, newest_nc), row["step"] / row["steps"]
+        yield None
+
+
+def progress_line(row: Row, first: Row, nc1: float | None) -> str:
+    """One row of metrics as people know it: ep 12 [300/1251] loss 2.41 top1 47.9 nc1 3.2 | 16.1k img/s .. eta 3h10."""
+    epoch, within = divmod(row["step"] - 1, row["steps_per_epoch"])
+    parts = [f"ep {epoch + 1} [{within + 1}/{row['steps_per_epoch']}] loss {row['train/loss']:.3g}"]
+    if "train/acc1" in row:
+        parts.append(f"top1 {100 * row['train/acc1']:.1f}")
+    if nc1 is not None:
+        parts.append(f"nc1 {nc1:.3g}")
+    parts.append(f"| {_short(row['perf/images_per_second'])} img/s")
+    if "perf/data_wait_frac" in row:
+        parts.append(f"data {100 * row['perf/data_wait_frac']:.0f}%")
+    parts.append(f"lr {row['train/lr']:.3g}")
+    steps = row["step"] - first["step"]
+    if steps > 0:
+        parts.append(f"eta {duration((row['time'] - first['time']) / steps * (row['steps'] - row['step']))}")
+    return " ".join(parts)
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """3h10, 12m05 or 42s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}"
+    return f"{minutes}m{rest:02d}" if minutes else f"{rest}s"
+
+
+def _trial_lines(folders: Sequence[Path]) -> Iterator[Line]:
+    left = list(folders)
+    while True:
+        for folder in list(left):
+            result = result_of(folder)
+            if result is not None:
+                left.remove(folder)
+                done = len(folders) - len(left)
+                yield f"[{done}/{len(folders)}] {trial_line(result)}", done / len(folders)
+        yield None
+
+
+def trial_line(result: Row) -> str:
+    """One finished trial in a line."""
+    nc1 = result["nc1_downstream"]
+    return (
+        f"{result['variant']} {result['dataset']} {result['method']}: accuracy {100 * result['accuracy']:.1f} % "
+        f"nc1 {'-' if nc1 is None else format(nc1, '.3g')} trainable {result['trainable_percent']:.2f} % "
+        f"({result['seconds']:.0f} s)"
+    )

@@ -1,0 +1,141 @@
+"""Build and verify WebDataset shards. The webdataset library writes the tars; one pass over each makes its index."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from nc_dist.data import manifest as manifests
+from nc_dist.data.source import ShardSource, Source, decode
+from nc_dist.errors import InputError
+from nc_dist.identity import hash_file, hash_text
+
+
+def build(
+    source: Source,
+    out: Path,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    positions: np.ndarray | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Write the samples at `positions` (default all), shuffled once with `seed`; yields (shards done, shards in all).
+
+    Shards differ by one sample at most, bytes do not depend on time or user. Images keep their bytes where the format
+    is jpg, png or webp. An `out` with these very shards is left as it is; one with others is an InputError.
+    """
+    if samples_per_shard < 1:
+        raise InputError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
+    positions = np.arange(len(source.labels)) if positions is None else positions
+    recipe = hash_text(source.identity(), str(samples_per_shard), str(seed), ",".join(map(str, positions)))
+    if is_built(out, recipe):
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    shuffled = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(positions)
+    parts = np.array_split(shuffled, -(-len(shuffled) // samples_per_shard))
+    shards = []
+    for i, part in enumerate(parts):
+        path = out / f"{out.name}-{i:06d}.tar"
+        partial = path.with_suffix(".tar.partial")
+        _write_tar(source, part, partial)
+        partial.rename(path)
+        shards.append(index(path))
+        yield i + 1, len(parts)
+    manifests.save(manifests.Manifest(source.class_names, shards), out)
+    (out / "recipe").write_text(recipe)
+
+
+def is_built(out: Path, recipe: str) -> bool:
+    """Whether `out` already holds what `recipe` makes; InputError when it holds something else."""
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if (out / "recipe").is_file() and (out / "recipe").read_text() == recipe:
+        return True
+    if (out / manifests.FILE).is_file() or not all(path.name.startswith(out.name + "-") for path in out.iterdir()):
+        raise InputError(f"{out}: holds other files; choose another folder or move them away")
+    return False  # our own tars without a manifest: an earlier build was cut short, and begins anew
+
+
+def _write_tar(source: Source, positions: np.ndarray, path: Path) -> None:
+    with (
+        path.open("wb") as file,
+        webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False) as tar,
+    ):
+        for position in map(int, positions):
+            extension, data = source.raw(position)
+            decode(data, source.name(position))  # an image that cannot be read is found now, not in training
+            key = f"{position:08d}_{_clean(source.key(position))}"
+            tar.write({"__key__": key, extension: data, "cls": str(source.labels[position]).encode()})
+
+
+def _clean(key: str) -> str:
+    """The end of a key without its extension, in characters that a tar and WebDataset keep as they are."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", key.rsplit(".", 1)[0] if "." in key else key)[-60:]
+
+
+def index(path: Path) -> manifests.Shard:
+    """Read a tar once: where each image lies, its checksum and label.
+
+    Raises InputError for a sample without image or label, a doubled key, or files of one key that are not adjacent.
+    """
+    keys: list[str] = []
+    columns: dict[str, list[int]] = {"offsets": [], "sizes": [], "crc32": [], "labels": []}
+    with tarfile.open(path) as tar, path.open("rb") as file:
+        for key, members in _samples(tar, path):
+            image = next((m for ext, m in members.items() if ext in ("jpg", "jpeg", "png", "webp")), None)
+            if image is None or "cls" not in members:
+                raise InputError(f"{path}: sample {key!r} has {sorted(members)}, needs an image and cls")
+            file.seek(image.offset_data)
+            keys.append(key)
+            columns["offsets"].append(image.offset_data)
+            columns["sizes"].append(image.size)
+            columns["crc32"].append(zlib.crc32(file.read(image.size)))
+            file.seek(members["cls"].offset_data)
+            columns["labels"].append(int(file.read(members["cls"].size)))
+    return manifests.Shard(path.name, path.stat().st_size, hash_file(path), keys, **columns)
+
+
+def _samples(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Neighbouring members with one key: (key, {extension: member})."""
+    seen: set[str] = set()
+    current: str | None = None
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in filter(tarfile.TarInfo.isfile, tar):
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        key = folder + slash + stem
+        if key != current:
+            if current is not None:
+                yield current, members
+            if key in seen:
+                raise InputError(f"{path}: the files of key {key!r} are not adjacent, or it is given twice")
+            seen.add(key)
+            current, members = key, {}
+        members[extension.lower()] = member
+    if current is not None:
+        yield current, members
+
+
+def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Check every shard and sample against the manifest: yields (shard name, faults) for each shard.
+
+    InputError when the manifest itself is wrong.
+    """
+    source = ShardSource(folder, manifests.load(folder))
+    position = 0
+    for shard in source.manifest.shards:
+        faults = []
+        if hash_file(folder / shard.name) != shard.sha256:
+            faults.append(f"{shard.name}: sha256 differs from the manifest's")
+        for _ in range(shard.samples):
+            try:
+                source.read(position)
+            except InputError as error:
+                faults.append(str(error))
+            position += 1
+        yield shard.name, faults

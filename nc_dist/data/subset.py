@@ -1,0 +1,54 @@
+"""Seeded, class-balanced choices of samples: hold-outs, probes, few-shot subsets. Pure numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nc_dist.errors import InputError
+
+
+def per_class(
+    labels: np.ndarray, n: int | None, seed: int, among: np.ndarray | None = None, purpose: str = "probe"
+) -> np.ndarray:
+    """Sorted positions of min(n, n_k) samples of each class k, drawn without replacement; all of them for n=None.
+
+    labels (N,); `among` restricts the draw to these positions. The draws of two purposes are independent.
+    """
+    among = np.arange(len(labels)) if among is None else np.asarray(among)
+    if n is None:
+        return np.sort(among)
+    key = int.from_bytes(purpose.encode()[:8], "little")
+    random = np.random.Generator(np.random.Philox(key=[seed, key]))
+    shuffled = random.permutation(among)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels[among])
+    starts = np.cumsum(counts) - counts
+    ranks = np.arange(len(by_class)) - np.repeat(starts, counts)
+    return np.sort(by_class[ranks < n])
+
+
+def split_off(
+    labels: np.ndarray, n: int, seed: int, among: np.ndarray | None = None, purpose: str = "holdout"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, taken): n samples of each class are taken; InputError when a class would have none left."""
+    among = np.arange(len(labels)) if among is None else np.asarray(among)
+    counts = np.bincount(labels[among])
+    if n and counts[counts > 0].min() <= n:
+        label = int(np.argmin(np.where(counts > 0, counts, counts.max() + 1)))
+        raise InputError(
+            f"{purpose}: cannot take {n} samples of class {label}, which has {counts[label]}; take fewer a class"
+        )
+    taken = per_class(labels, n, seed, among, purpose)
+    return np.setdiff1d(among, taken, assume_unique=True), taken
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int, purpose: str = "split") -> tuple[np.ndarray, np.ndarray]:
+    """(rest, taken): about `fraction` of each class, at least one, is taken; for sets that come without a split."""
+    taken = np.concatenate(
+        [
+            per_class(labels, max(1, round(fraction * count)), seed, np.flatnonzero(labels == k), purpose)
+            for k, count in enumerate(np.bincount(labels))
+            if count
+        ]
+    )
+    return np.setdiff1d(np.arange(len(labels)), taken), np.sort(taken)

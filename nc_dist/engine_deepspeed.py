@@ -1,0 +1,93 @@
+"""DeepSpeed behind the engine protocol: the only file that imports it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nc_dist.engine import DeepSpeedSpec, deepspeed_json, evaluating
+from nc_dist.model import Model, Outputs
+from nc_dist.optim import OptimSpec
+from nc_dist.world import World
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import logger
+
+TAG = "zero"
+
+
+class DeepSpeedEngine:
+    """ZeRO stage 0-3 with torch's optimisers."""
+
+    ema: Model | None = None
+
+    def __init__(
+        self, model: Model, spec: DeepSpeedSpec, optim: OptimSpec, batch: tuple[int, int], world: World
+    ) -> None:
+        logger.setLevel(logging.ERROR)  # its warnings are about settings that we chose
+        _join_process_group(world)
+        self.world = world
+        self.input_dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(world.device),
+            optimizer=optim.build([p for p in model.parameters() if p.requires_grad]),
+            config=deepspeed_json(spec, *batch, world.size),
+            dist_init_required=False,
+        )
+        self.module: Model = self._engine.module
+
+    def forward(self, x: Tensor, last: bool = True) -> Outputs:
+        return self._engine(x)  # type: ignore[no-any-return]
+
+    def eval_forward(self, x: Tensor) -> Outputs:
+        with evaluating(self.module):
+            return self._engine(x)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> bool:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    @property
+    def grad_norm(self) -> float:
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        path, client_state = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise ValueError(f"{folder}: DeepSpeed could not load its checkpoint")
+        return client_state  # type: ignore[no-any-return]
+
+    @contextmanager
+    def gathered(self) -> Iterator[Model]:
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield self.module
+
+
+def _join_process_group(world: World) -> None:
+    """Let DeepSpeed adopt the process group; a world of one gets one of its own, or DeepSpeed would ask for MPI."""
+    # The shared-memory op speeds up inference only, and takes a compiler and up to two minutes to build.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)

@@ -1,0 +1,26 @@
+"""The three ways in which a journey ends early, and the exit code of each. Used everywhere, imports nothing."""
+
+DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED, TERMINATED = 0, 1, 2, 75, 130, 143
+
+
+class InputError(ValueError):
+    """What the user gave cannot work: the message names the key or file, the value and the remedy."""
+
+
+class Preempted(Exception):
+    """Asked to stop: everything up to `step` is saved, the same command goes on from there."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step}, saved")
+        self.step = step
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that says how `error` ended the run."""
+    if isinstance(error, InputError):
+        return BAD_INPUT
+    if isinstance(error, Preempted):
+        return PREEMPTED
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return FAILED

@@ -1,0 +1,33 @@
+"""Supervised contrastive loss, the form L_out of Khosla et al. 2020 (arXiv 2004.11362), eq. 2."""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from nc_dist.spec import Spec
+
+
+class SupCon(Spec):
+    """Pull together the l2-normalised embeddings of one class, push apart the rest; two views of each image.
+
+    loss = mean over anchors i with positives of  -(1/|P(i)|) sum_{p in P(i)} log softmax_{a != i}(z_i z_a / tau)[p].
+    """
+
+    kind: Literal["supcon"] = "supcon"
+    temperature: float = Field(0.1, gt=0)
+    uses_logits: ClassVar[bool] = False
+    views: ClassVar[int] = 2
+    coupled: ClassVar[bool] = True
+
+    def __call__(self, embedding_BE: Tensor, logits_BK: Tensor | None, labels_B: Tensor) -> Tensor:
+        normal = F.normalize(embedding_BE, dim=1)
+        similarity_BB = normal @ normal.T / self.temperature
+        self_BB = torch.eye(len(labels_B), dtype=torch.bool, device=labels_B.device)
+        positive_BB = (labels_B[:, None] == labels_B[None, :]) & ~self_BB
+        log_prob_BB = similarity_BB - similarity_BB.masked_fill(self_BB, -torch.inf).logsumexp(1, keepdim=True)
+        positives_B = positive_BB.sum(1)
+        per_anchor_B = -(log_prob_BB * positive_BB).sum(1) / positives_B.clamp(min=1)
+        return per_anchor_B.sum() / (positives_B > 0).sum().clamp(min=1)

@@ -1,0 +1,33 @@
+"""What a run would do, on paper: printed by --dry-run. Pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def training_plan(
+    *, samples: int, heldout: int, global_batch: int, micro: int, lanes: int, epochs: float, world: int
+) -> dict[str, Any]:
+    """Steps and their parts for a training run on `world` processes."""
+    per_epoch = samples // global_batch
+    steps = max(1, round(epochs * per_epoch))
+    num_micro = global_batch // micro
+    return {
+        "training samples": samples,
+        "held out": heldout,
+        "steps per epoch": per_epoch,
+        "steps": steps,
+        "left out per epoch (other samples each time)": samples - per_epoch * global_batch,
+        "micro-batches per step": num_micro,
+        "processes": world,
+        "accumulated per process": num_micro // world,
+        "possible numbers of processes": [w for w in range(1, num_micro + 1) if num_micro % w == 0],
+        "lanes": lanes,
+    }
+
+
+def show(plan: Mapping[str, Any]) -> str:
+    """The plan as aligned lines."""
+    width = max(map(len, plan))
+    return "\n".join(f"  {key:<{width}}  {value}" for key, value in plan.items())

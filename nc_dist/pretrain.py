@@ -1,0 +1,241 @@
+"""The pre-training journey: read it top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nc_dist import checkpoint
+from nc_dist.config import PretrainRun
+from nc_dist.data.catalog import open_source
+from nc_dist.data.order import Order, check_world, default_lanes
+from nc_dist.data.source import Source
+from nc_dist.data.stream import Batch, eval_batches, kept_shard_sizes, train_steps_data
+from nc_dist.data.subset import per_class, split_off
+from nc_dist.engine import Engine, make_engine
+from nc_dist.errors import Preempted
+from nc_dist.loop import Objective, Step, every, train_steps
+from nc_dist.measure import classifier_of, measure_probe, observe
+from nc_dist.model import Model, export
+from nc_dist.probe import fit
+from nc_dist.tracking import Tracker, flat_nc
+from nc_dist.world import World
+
+LIVE_POINTS, SAVES = 12, 6  # of a run, when no interval is given
+SOURCE_PROBE_L2 = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class SourceSet:
+    """The training set of a run: what is trained on, what is held out, in which order."""
+
+    source: Source
+    train: np.ndarray  # positions
+    heldout: np.ndarray
+    order: Order
+    steps: int  # of the whole run
+
+
+def open_source_set(run: PretrainRun) -> SourceSet:
+    """Open and check everything about the data that can be wrong before training; InputError for what is."""
+    source = open_source(run.data.train)
+    train, heldout = split_off(source.labels, run.data.holdout_per_class, run.seed, purpose="data.holdout_per_class")
+    lanes = run.data.lanes or default_lanes(run.batch.global_, run.batch.micro)
+    sizes = kept_shard_sizes(source, train)
+    order = Order(sizes, run.seed, run.batch.global_, run.batch.micro, lanes, run.data.window)
+    return SourceSet(source, train, heldout, order, max(1, round(run.epochs * order.steps_per_epoch)))
+
+
+def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Train one source model, measuring NC live; returns the result that the report shows.
+
+    Raises Preempted, everything saved, when `stop()` is true on any rank.
+    """
+    began, out = time.time(), Path(run.out)
+    data = open_source_set(run)
+    check_world(data.order.micro_per_step, world.size)
+    classes = len(data.source.class_names)
+    torch.manual_seed(run.seed)
+    model = Model(run.model, classes if run.loss.uses_logits else 0)
+    engine = make_engine(model, run.engine, run.optim, (run.batch.global_, run.batch.micro), world)
+
+    # Where to begin: 1 this run's newest checkpoint, 2 weights that the backbone's spec names, 3 scratch.
+    newest = world.broadcast(checkpoint.latest(out / "checkpoints") if world.rank == 0 else None)
+    state: dict[str, Any] = engine.load(newest) if newest else {"step": 0, "best": -1.0, "seconds": 0.0}
+    start, best, earlier = state["step"], state["best"], state["seconds"]
+
+    tracker = Tracker(out, world, start)
+    tracker.custom_page()
+    objective = Objective(
+        run.loss, run.input, data.order.micro_per_step, run.seed, run.optim.lr, run.schedule, data.steps
+    )
+    measure_every = run.measure_every or max(1, data.steps // LIVE_POINTS)
+    save_every = run.save_every or max(1, data.steps // SAVES)
+    nc: dict[str, Any] = {}
+    if start == 0:
+        tracker.scalars(0, flat(measure_probes(run, data, engine, world)))
+    for step in train_steps(engine, batches(run, data, world, start), objective, world, start, stop):
+        last = step.number == data.steps
+        if every(run.log_every, step.number) or last:
+            tracker.scalars(step.number, progress(run, data, step), **about(data, step))
+            asked = step.stop_requested() and not last
+        else:
+            asked = False
+        if every(measure_every, step.number) or last:
+            nc = measure_probes(run, data, engine, world)
+            tracker.scalars(step.number, flat(nc))
+        if every(save_every, step.number) or last or asked:
+            score = score_of(nc)
+            state = {"step": step.number, "best": max(best, score), "seconds": earlier + time.time() - began}
+            checkpoint.save(out / "checkpoints", engine, step.number, state, world, best=score > best)
+            best = state["best"]
+        if asked:
+            tracker.close()
+            raise Preempted(step.number)
+
+    nc = nc or measure_probes(run, data, engine, world)
+    result = finish(run, data, engine, world, nc)
+    result["seconds"] = earlier + time.time() - began
+    if world.rank == 0:
+        tracker.hparams(hparams(run), {**result, "accuracy": result["source_accuracy"]})
+    tracker.close()
+    return result
+
+
+def batches(run: PretrainRun, data: SourceSet, world: World, start: int) -> Iterable[list[Batch]]:
+    """This rank's micro-batches from step `start` on."""
+    return train_steps_data(
+        data.source,
+        data.train,
+        data.order,
+        run.input,
+        run.data.augment,
+        views=run.loss.views,
+        steps=range(start, data.steps),
+        world=world,
+        workers=run.data.workers,
+    )
+
+
+def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: World) -> dict[str, Any]:
+    """NC of the train and the held-out probe, before and after the head: {train_before: {...}, .., heldout_acc1}."""
+    with engine.gathered() as model:
+        classifier = classifier_of(model)
+    found: dict[str, Any] = {}
+    for name, positions in (("train", data.train), ("heldout", data.heldout)):
+        if len(positions):
+            chosen = per_class(data.source.labels, run.probe.per_class, run.seed, positions)
+            found[name] = measure_probe(
+                lambda x: (engine.eval_forward(x), {}),
+                engine.module,
+                eval_batches(data.source, chosen, run.input, run.probe.batch, world),
+                run.input,
+                engine.input_dtype,
+                world,
+                len(data.source.class_names),
+                classifier,
+            )
+    return found
+
+
+def flat(nc: dict[str, Any]) -> dict[str, float | None]:
+    """All numbers of both probes under their TensorBoard names."""
+    return {key: value for probe, places in nc.items() for key, value in flat_nc(probe, places).items()}
+
+
+def score_of(nc: dict[str, Any]) -> float:
+    """What chooses the best checkpoint: held-out accuracy, that of the nearest class centre without a classifier."""
+    heldout = nc.get("heldout", {})
+    score = heldout.get("acc1", heldout.get("before", {}).get("ncc_acc1"))
+    return -1.0 if score is None else float(score)
+
+
+def progress(run: PretrainRun, data: SourceSet, step: Step) -> dict[str, float]:
+    """The scalars of a step."""
+    per_second = run.batch.global_ / step.seconds
+    return {
+        **step.metrics(),
+        "train/epoch": step.number / data.order.steps_per_epoch,
+        "train/samples_seen": step.number * run.batch.global_,
+        "perf/images_per_second": per_second,
+        "perf/data_wait_frac": step.data_seconds / step.seconds,
+    }
+
+
+def about(data: SourceSet, step: Step) -> dict[str, Any]:
+    """What the console's line needs besides."""
+    return {"steps": data.steps, "steps_per_epoch": data.order.steps_per_epoch, "time": time.time()}
+
+
+def finish(run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: dict[str, Any]) -> dict[str, Any]:
+    """Export the model, find the source accuracy, put the result together."""
+    variant = Path(run.out).name
+    named = {f"{probe}_{place}": values for probe, places in nc.items() for place, values in places.items()}
+    nc1_source = nc["train"]["before"]["nc1"]
+    with engine.gathered() as model:
+        if world.rank == 0:
+            details = {"variant": variant, "nc1_source": nc1_source, "data": data.source.identity()}
+            export(model, Path(run.out) / "export", run.input, data.source.class_names, details)
+    world.barrier()
+    accuracy = source_accuracy(run, data, engine, world) if run.data.test else {}
+    engine_name = f"deepspeed zero-{run.engine.zero}" if run.engine.kind == "deepspeed" else "torch"
+    return {
+        **{"journey": "pretrain", "source_accuracy": None, "source_ncc_accuracy": None, **hparams(run)},
+        **accuracy,
+        "nc1_source": nc1_source,
+        "nc": {key: value for key, value in named.items() if isinstance(value, dict)},
+        "heldout_accuracy": named.get("heldout_acc1"),
+        "steps": data.steps,
+        "train_samples": len(data.train),
+        "dropped_per_epoch": data.order.dropped,
+        "engine": engine_name,
+        "world_size": world.size,
+    }
+
+
+def source_accuracy(run: PretrainRun, data: SourceSet, engine: Engine, world: World) -> dict[str, float]:
+    """Linear-probe and nearest-class-centre accuracy on the source's test set (protocol: the same for all losses)."""
+    assert run.data.test is not None
+    test = open_source(run.data.test, "test")
+    parts = []
+    for source, positions in (
+        (data.source, np.sort(np.concatenate([data.train, data.heldout]))),
+        (test, None),
+    ):
+        chosen = np.arange(len(source.labels)) if positions is None else positions
+        loaded = eval_batches(source, chosen, run.input, run.probe.batch, world)
+        seen = observe(lambda x: (engine.eval_forward(x), {}), loaded, run.input, engine.input_dtype)
+        parts.append(world.gather_objects((seen.features["before"].cpu(), seen.labels.cpu())))
+    if world.rank != 0:
+        return {}
+    (train_x, train_y), (test_x, test_y) = (
+        (torch.cat([x for x, _ in ranks]), torch.cat([y for _, y in ranks])) for ranks in parts
+    )
+    linear = fit(train_x, train_y, len(data.source.class_names), SOURCE_PROBE_L2, run.seed)
+    means = torch.stack([train_x[train_y == k].double().mean(0) for k in range(len(data.source.class_names))])
+    nearest = torch.cdist(test_x.double(), means).argmin(1)
+    return {
+        "source_accuracy": linear.accuracy(test_x, test_y),
+        "source_ncc_accuracy": float((nearest == test_y).double().mean()),
+    }
+
+
+def hparams(run: PretrainRun) -> dict[str, Any]:
+    """The settings by which runs are told apart."""
+    return {
+        "variant": Path(run.out).name,
+        "dataset": run.data.train,
+        "loss": run.loss.kind,
+        "head": run.model.head.kind,
+        "backbone": run.model.backbone.name,
+        "lr": run.optim.lr,
+        "weight_decay": run.optim.weight_decay,
+        "epochs": run.epochs,
+        "seed": run.seed,
+    }

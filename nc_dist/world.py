@@ -1,0 +1,105 @@
+"""The processes that share a run: who am I, and the few collectives that the journeys use.
+
+Nobody asks "is distributed on?": a world of one runs the same code with collectives that do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """`rank` of `size` processes, computing on `device`."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; also returned."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Rows of all ranks, in rank order: (B, ...) -> (size*B, ...), equal B; gradients flow to this rank's rows.
+
+        The gradient is summed over ranks, as each of them may use every row. Where all compute the same loss, that is
+        `size` times the gradient, which the mean over ranks of data parallelism turns into the exact one.
+        """
+        return _Gather.apply(tensor, self) if self.size > 1 else tensor  # type: ignore[no-untyped-call]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, on every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.rows = world, len(tensor)
+        parts = [torch.empty_like(tensor) for _ in range(world.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = ctx.world.sum_(grad.clone())
+        start = ctx.world.rank * ctx.rows
+        return total[start : start + ctx.rows], None
+
+
+@contextmanager
+def joined_world(timeout_s: int = 600) -> Iterator[World]:
+    """Adopt the process group that exists (Ray), else join torchrun's, else be a world of one.
+
+    A group made here is destroyed on the way out; one that was found is left to its owner.
+    """
+    if dist.is_initialized():
+        yield _world()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            yield _world()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield World(device=_device())
+
+
+def _world() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
