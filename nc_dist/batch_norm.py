@@ -27,7 +27,7 @@ class RunningStatistics:
 
     def begin(self) -> None:
         self._before = self._flat()
-        self._counts = [norm.num_batches_tracked.clone() for norm in self.norms]
+        self._counts = [norm.num_batches_tracked.clone() for norm in self.norms]  # type: ignore[union-attr]
         self._total = torch.zeros_like(self._before)
         for norm in self.norms:
             norm.momentum = 1.0
@@ -52,7 +52,7 @@ class RunningStatistics:
                 part = slice(start, start + buffer.numel())
                 buffer.copy_(torch.lerp(self._before[part], mean[part], momentum))
                 start += buffer.numel()
-            norm.num_batches_tracked.copy_(count + 1)
+            norm.num_batches_tracked.copy_(count + 1)  # type: ignore[union-attr]
         self._before = self._total = None
 
     def _flat(self) -> Tensor:

@@ -162,13 +162,16 @@ def measure(run: MeasureRun, world: World) -> dict[str, Any]:
             classes,
             classifier,
         )
-    result = {
+    result: dict[str, Any] = {
         "journey": "measure",
-        "model": str(run.model),
+        "model": run.model,
         "data": run.data,
         "data_identity": source.identity(),
+        "per_class": run.per_class,
+        "nc": nc,
+        "world_size": world.size,
+        "seconds": time.time() - began,
     }
-    result |= {"per_class": run.per_class, "nc": nc, "seconds": time.time() - began, "world_size": world.size}
     if world.rank == 0:
         _write(Path(run.out), result)
     return result

@@ -50,14 +50,15 @@ class ClassMoments:
         """
         self._check(feats_BD, labels_B)
         labels_B, exact_BD = labels_B.long(), feats_BD.double()
-        self._set_pilots(exact_BD, labels_B)
+        pilots_KD = self._pilots_with(exact_BD, labels_B)
         product_dtype = torch.float64 if feats_BD.dtype == torch.float64 else torch.float32
-        factors_BD = (exact_BD - self.pilots_KD[labels_B]).to(product_dtype)
+        factors_BD = (exact_BD - pilots_KD[labels_B]).to(product_dtype)
         # s and t see the residuals as rounded for T, so that the rounding cancels in T - s s^T / n.
         residuals_BD = factors_BD.double()
         squares_B = residuals_BD.square().sum(1)
         if not squares_B.sum() < torch.finfo(product_dtype).max:  # bounds every entry of the product
             raise ValueError(f"features too large: their squares overflow {product_dtype}; rescale them")
+        self.pilots_KD = pilots_KD
         with torch.autocast(feats_BD.device.type, enabled=False):
             # TF32, where allowed, costs at most 4e-5 here: residuals are small, whatever the means are.
             self.products_DD += factors_BD.T @ factors_BD
@@ -92,8 +93,8 @@ class ClassMoments:
         return _combined([self], sum_fn)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums themselves, not copies."""
-        return dict(vars(self))
+        """A copy of the sums, by name."""
+        return {name: value.clone() for name, value in vars(self).items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> ClassMoments:
@@ -103,19 +104,21 @@ class ClassMoments:
             raise ValueError(f"class moments with the entries {sorted(state)}: expected {names}")
         num_classes, dim = state["pilots_KD"].shape
         moments = cls(num_classes, dim, device=state["pilots_KD"].device)
-        for name, sums in moments.state_dict().items():
+        for name, sums in vars(moments).items():
             if (state[name].shape, state[name].dtype) != (sums.shape, sums.dtype):
                 found = f"{tuple(state[name].shape)} {state[name].dtype}"
                 raise ValueError(f"class moments: {name} is {found}, expected {tuple(sums.shape)} {sums.dtype}")
             sums.copy_(state[name])
         return moments
 
-    def _set_pilots(self, feats_BD: Tensor, labels_B: Tensor) -> None:
-        """Make the first sample of each class that had none its pilot."""
+    def _pilots_with(self, feats_BD: Tensor, labels_B: Tensor) -> Tensor:
+        """The pilots, now also of classes that had none: their first samples in this batch. (K, D)."""
         rows_B = torch.arange(len(labels_B), device=labels_B.device)
         first_K = rows_B.new_full(self.n_K.shape, len(rows_B)).scatter_reduce(0, labels_B, rows_B, "amin")
         pilot_rows = rows_B[(first_K[labels_B] == rows_B) & (self.n_K[labels_B] == 0)]
-        self.pilots_KD[labels_B[pilot_rows]] = feats_BD[pilot_rows]
+        if not len(pilot_rows):
+            return self.pilots_KD
+        return self.pilots_KD.index_put((labels_B[pilot_rows],), feats_BD[pilot_rows])
 
     def _check(self, feats_BD: Tensor, labels_B: Tensor) -> None:
         num_classes, dim = self.pilots_KD.shape
