@@ -20,6 +20,7 @@ class RunningStatistics:
     def __init__(self, module: nn.Module) -> None:
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]
         self.norms = norms
+        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.momenta = [0.1 if norm.momentum is None else norm.momentum for norm in norms]
         self._counts: list[Tensor] = []
         self._before: Tensor | None = None
@@ -57,4 +58,4 @@ class RunningStatistics:
 
     def _flat(self) -> Tensor:
         buffers = [b for norm in self.norms for b in (norm.running_mean, norm.running_var) if b is not None]
-        return torch.cat(buffers).double() if buffers else torch.zeros(0, dtype=torch.float64)
+        return torch.cat(buffers).double() if buffers else torch.zeros(0, dtype=torch.float64, device=self._device)

@@ -66,7 +66,7 @@ def verify(path: Path) -> list[str]:
     """What is wrong with a checkpoint; empty when every file has the size and hash that was written."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"no readable manifest ({error})"]
     return [
         f"{name}: missing or changed"

@@ -75,9 +75,11 @@ def report(
 def shards_build(
     source: Annotated[str, typer.Argument(help="An ImageFolder, or a catalogued set as digits:train.")],
     out: Annotated[Path, typer.Argument(help="The folder of the shards.")],
-    samples_per_shard: Annotated[int, typer.Option(help="Samples in a tar.")] = 1000,
-    per_class: Annotated[int | None, typer.Option(help="Take this many of each class, seeded; default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the shuffle and of --per-class.")] = 0,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in a tar.")] = 1000,
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="Take this many of each class, seeded; default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffle and of --per-class.")] = 0,
 ) -> None:
     """Write WebDataset tars and their manifest."""
     from nc_dist.data import shards
@@ -115,27 +117,27 @@ def shards_verify(folder: Annotated[Path, typer.Argument(help="The folder of the
 @shards_app.command("order")
 def shards_order(
     folder: Annotated[Path, typer.Argument(help="The folder of the shards.")],
-    global_batch: Annotated[int, typer.Option(help="Samples of a step.")],
-    micro: Annotated[int, typer.Option(help="Samples of a micro-batch.")],
-    seed: int = 0,
-    epoch: int = 0,
-    lanes: Annotated[int | None, typer.Option(help="Default: as many as fit.")] = None,
-    window: Annotated[int, typer.Option(help="Shards that are shuffled together.")] = 4,
-    world: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
+    global_batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")],
+    micro: Annotated[int, typer.Option(min=1, help="Samples of a micro-batch.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    epoch: Annotated[int, typer.Option(min=0)] = 0,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Default: as many as fit.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Shards that are shuffled together.")] = 4,
+    world: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     rank: int = 0,
-    steps: Annotated[int | None, typer.Option(help="Default: the whole epoch.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Default: the whole epoch.")] = None,
 ) -> None:
     """Which samples a rank reads at which step: one JSON object a step, {"step": .., "keys": [..]}."""
     from nc_dist.data import manifest
-    from nc_dist.data.order import Order, check_batch, default_lanes
+    from nc_dist.data.order import Order, check_world, default_lanes
 
     try:
         loaded = manifest.load(folder)
-        check_batch(global_batch, micro, lanes or global_batch // max(micro, 1))
         if not 0 <= rank < world:
             raise InputError(f"--rank {rank}: must be in 0..{world - 1}")
         sizes = tuple(shard.samples for shard in loaded.shards)
         order = Order(sizes, seed, global_batch, micro, lanes or default_lanes(global_batch, micro), window)
+        check_world(order.micro_per_step, world)
         keys = loaded.keys
         for step in range(order.steps_per_epoch if steps is None else min(steps, order.steps_per_epoch)):
             positions = order.rank_step(epoch, step, rank, world).flatten()

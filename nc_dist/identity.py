@@ -43,5 +43,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        name = f"{path}.{key}" if path else key
+        if key in old and key in new:
+            lines += differences(old[key], new[key], name)
+        else:
+            lines.append(
+                f"{name}: {repr(old[key]) if key in old else 'absent'} -> {repr(new[key]) if key in new else 'absent'}"
+            )
     return lines

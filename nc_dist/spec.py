@@ -35,12 +35,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice: the first value would be dropped silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
+        seen: list[Any] = []  # a key may be unhashable, which the base class refuses below
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -118,7 +118,7 @@ def _explain(cls: type[BaseModel], tree: Tree, detail: ErrorDetails) -> str:
         case "extra_forbidden":
             allowed = _fields(cls, tree, keys[:-1])
             near = difflib.get_close_matches(keys[-1], allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             return f"{path}={detail['input']!r}: unknown key{hint} Allowed here: {', '.join(allowed)}"
         case "missing":
             return f"{path}: required key is missing"
@@ -126,11 +126,11 @@ def _explain(cls: type[BaseModel], tree: Tree, detail: ErrorDetails) -> str:
             context = detail.get("ctx", {})
             allowed = [name.strip(" '") for name in context["expected_tags"].split(",")]
             near = difflib.get_close_matches(str(context["tag"]), allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             return f"{path}.kind={context['tag']!r}: unknown kind{hint} Allowed: {', '.join(allowed)}"
         case "union_tag_not_found":
             return f"{path}={detail['input']!r}: needs a block with the key 'kind'"
-    return f"{path}={detail['input']!r}: {detail['msg']}"
+    return f"{path}={detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"
 
 
 def _key_path(tree: Any, loc: Sequence[str | int]) -> list[str]:
@@ -138,6 +138,8 @@ def _key_path(tree: Any, loc: Sequence[str | int]) -> list[str]:
     keys: list[str] = []
     for item in loc:
         if isinstance(tree, dict) and item not in tree and tree.get("kind") == item:
+            continue
+        if isinstance(item, str) and tree is not None and not isinstance(tree, dict):
             continue
         keys.append(str(item))
         if isinstance(tree, dict):

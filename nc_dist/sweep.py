@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ def expand(sweep: SweepRun) -> list[Tree]:
     for values in itertools.product(*(sweep.grid[key] for key in keys)):
         tree = override(sweep.base, [])
         for key, value in zip(keys, values, strict=True):
-            set_key(tree, key.split("."), value)
+            set_key(tree, key.split("."), copy.deepcopy(value))
         trees.append(tree)
     return trees
 

@@ -34,7 +34,8 @@ OUTCOMES = ("accuracy", "nc1_source", "nc1_downstream", "trainable_percent")
 class Tracker:
     """Writes scalars of steps; on other ranks than 0 every call does nothing.
 
-    `start` is the step that the run goes on from: later rows of an earlier attempt are cut off, in both files.
+    `start` is the step that the run goes on from, 0 for a beginning: what an earlier attempt wrote after it (from a
+    beginning on: all) is cut off, in both files.
     """
 
     def __init__(self, out: Path, world: World, start: int = 0) -> None:
@@ -43,9 +44,9 @@ class Tracker:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        cut_back(out / FILE, start)
+        cut_back(out / FILE, start if start else -1)
         self._file = (out / FILE).open("a")
-        self._board = SummaryWriter(str(out / "tb"), purge_step=start + 1 if start else None)
+        self._board = SummaryWriter(str(out / "tb"), purge_step=start + 1 if start else 0)
 
     def scalars(self, step: int, values: Mapping[str, float | None], **about: Any) -> None:
         """Finite values go to both files under one step; `about` goes to metrics.jsonl only."""

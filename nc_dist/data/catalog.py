@@ -156,13 +156,13 @@ def _read_idx(path: Path) -> np.ndarray:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a readable gzip file ({error}); fetch it again") from None
-    if len(data) < 4 or data[2] != 8:
+    if len(data) < 4 or data[2] != 8 or len(data) < 4 + 4 * data[3]:
         raise InputError(f"{path}: not an IDX file of bytes; fetch it again")
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if body.size != int(np.prod(shape)):
         raise InputError(f"{path}: {body.size} bytes of data, its header says {int(np.prod(shape))}; fetch it again")
-    return body.reshape(shape)
+    return body.reshape(shape).copy()  # writable, as torch wants it
 
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]

@@ -84,7 +84,7 @@ def load(folder: Path) -> Manifest:
             raise InputError(f"{path}: version {tree['version']}, expected {VERSION}; build the shards again")
         shards = [Shard(**{name: shard[name] for name in Shard.__dataclass_fields__}) for shard in tree["shards"]]
         manifest = Manifest(tree["class_names"], shards)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no readable manifest ({error!r}); make one with: nc-dist shards build") from None
     faults = [*_shard_faults(manifest, folder), *_label_faults(manifest)]
     if faults:

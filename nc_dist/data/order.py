@@ -85,7 +85,11 @@ def _epoch_line(order: Order, epoch: int) -> np.ndarray:
 
 
 def default_lanes(global_batch: int, micro: int) -> int:
-    """The most lanes, up to 4,096, that fit: a multiple of M that divides B, M times a power of two."""
+    """The most lanes, up to 4,096, that fit: a multiple of M that divides B, M times a power of two.
+
+    InputError when micro does not divide the global batch.
+    """
+    check_batch(global_batch, micro, global_batch // max(1, micro))
     lanes = num_micro = global_batch // micro
     while lanes * 2 <= MAX_LANES and (micro * num_micro) % (lanes * 2) == 0:
         lanes *= 2

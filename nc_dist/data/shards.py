@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import tarfile
 import zlib
@@ -15,6 +16,9 @@ from nc_dist.data import manifest as manifests
 from nc_dist.data.source import ShardSource, Source, decode
 from nc_dist.errors import InputError
 from nc_dist.identity import hash_file, hash_text
+
+RECIPE = "recipe"  # what a finished build was made of
+BUILDING = "recipe.partial"  # there from a build's first byte to its last: what lies beside it is ours to replace
 
 
 def build(
@@ -33,9 +37,14 @@ def build(
         raise InputError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
     positions = np.arange(len(source.labels)) if positions is None else positions
     recipe = hash_text(source.identity(), str(samples_per_shard), str(seed), ",".join(map(str, positions)))
+    if not len(positions):
+        raise InputError(f"{out}: no sample to write")
     if is_built(out, recipe):
         return
     out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob(f"{glob.escape(out.name)}-*.tar*"):
+        path.unlink()  # of an earlier build that was cut short: it may have had more shards than this one
+    (out / BUILDING).write_text(recipe)
     shuffled = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(positions)
     parts = np.array_split(shuffled, -(-len(shuffled) // samples_per_shard))
     shards = []
@@ -47,18 +56,20 @@ def build(
         shards.append(index(path))
         yield i + 1, len(parts)
     manifests.save(manifests.Manifest(source.class_names, shards), out)
-    (out / "recipe").write_text(recipe)
+    (out / BUILDING).rename(out / RECIPE)
 
 
 def is_built(out: Path, recipe: str) -> bool:
     """Whether `out` already holds what `recipe` makes; InputError when it holds something else."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: a file is in the way; choose another folder")
     if not out.exists() or not any(out.iterdir()):
         return False
-    if (out / "recipe").is_file() and (out / "recipe").read_text() == recipe:
-        return True
-    if (out / manifests.FILE).is_file() or not all(path.name.startswith(out.name + "-") for path in out.iterdir()):
-        raise InputError(f"{out}: holds other files; choose another folder or move them away")
-    return False  # our own tars without a manifest: an earlier build was cut short, and begins anew
+    if (out / BUILDING).is_file():
+        return False  # an earlier build was cut short, and begins anew
+    if (out / RECIPE).is_file() and (out / RECIPE).read_text() == recipe:
+        return (out / manifests.FILE).is_file()
+    raise InputError(f"{out}: holds other files; choose another folder or move them away")
 
 
 def _write_tar(source: Source, positions: np.ndarray, path: Path) -> None:
@@ -132,6 +143,8 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
         faults = []
         if hash_file(folder / shard.name) != shard.sha256:
             faults.append(f"{shard.name}: sha256 differs from the manifest's")
+        elif index(folder / shard.name) != shard:
+            faults.append(f"{shard.name}: the manifest's keys, labels or offsets are not those of the tar")
         for _ in range(shard.samples):
             try:
                 source.read(position)

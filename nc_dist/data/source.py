@@ -26,6 +26,7 @@ from nc_dist.errors import InputError
 from nc_dist.identity import hash_text
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL; others, such as CMYK, become RGB
 
 
 class Source(Protocol):
@@ -61,10 +62,11 @@ def decode(data: bytes, name: str) -> Tensor:
     """An encoded image as (3, H, W) uint8; InputError with `name` when it cannot be decoded."""
     try:
         image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        return image
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: unreadable image ({reason}); repair or remove it") from None
+    # A PNG of 16 bits comes as it is: its high bytes are the image of 8 bits.
+    return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def open_folder(folder: Path) -> FolderSource:
 def png(image: Image.Image) -> bytes:
     """Lossless bytes of an image."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
     return buffer.getvalue()
 
 

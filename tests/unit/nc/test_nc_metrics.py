@@ -66,21 +66,15 @@ def nc1_by_pinv(feats_BD, labels_B) -> float:
 
 
 @pytest.mark.parametrize("sigma", [1, 1e-1, 1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize(("num_classes", "dim", "per_class"), [(10, 64, 100), (100, 64, 20), (10, 512, 60)])
+@pytest.mark.parametrize(
+    ("num_classes", "dim", "per_class"), [(10, 64, 100), (100, 64, 20), (10, 512, 60), (100, 512, 20)]
+)
 def test_nc1_is_accurate_however_collapsed(num_classes, dim, per_class, sigma):
     feats_BD, labels_B = clusters(num_classes, dim, per_class, sigma)
     feats_BD = feats_BD.float()
     found = nc.nc1(moments_of(feats_BD, labels_B, num_classes))
     assert found.value == pytest.approx(nc1_by_pinv(feats_BD, labels_B), rel=1e-6)
     assert found.rank == min(num_classes - 1, dim)
-
-
-@pytest.mark.parametrize("sigma", [1, 1e-4])
-def test_nc1_of_many_classes_in_many_dimensions(sigma):
-    feats_BD, labels_B = clusters(100, 512, 20, sigma)
-    feats_BD = feats_BD.float()
-    found = nc.nc1(moments_of(feats_BD, labels_B, 100)).value
-    assert found == pytest.approx(nc1_by_pinv(feats_BD, labels_B), rel=1e-6)
 
 
 @pytest.mark.parametrize(("num_classes", "dim"), [(2, 5), (2, 1), (3, 2), (8, 8), (9, 8), (30, 8)])
@@ -243,8 +237,7 @@ def test_empty_classes_take_no_part():
 )
 def test_no_value_is_none_with_its_reason(feats, labels, reason):
     found = nc.summary(moments_of(feats, labels, 3), torch.zeros(3, 8))
-    text = json.dumps(found, allow_nan=False)
-    assert "NaN" not in text
+    json.dumps(found, allow_nan=False)
     undefined = {name for name, value in found.items() if value is None}
     assert undefined == set(found["reasons"])
     assert undefined >= {
