@@ -19,10 +19,11 @@ from nc_dist.data.order import Order, check_world, default_lanes
 from nc_dist.data.source import Source
 from nc_dist.data.stream import eval_batches, kept_shard_sizes, train_steps_data
 from nc_dist.data.subset import per_class
-from nc_dist.engine import evaluating, make_engine
+from nc_dist.engine import evaluating
 from nc_dist.errors import InputError, Preempted
 from nc_dist.loop import Objective, every, train_steps
 from nc_dist.losses import CrossEntropy
+from nc_dist.make_engine import make_engine
 from nc_dist.measure import classifier_of, measure_probe, observe
 from nc_dist.methods import LinearProbe
 from nc_dist.methods.freezing import train_mode, trainable

@@ -18,9 +18,10 @@ from nc_dist.data.order import Order, check_world, default_lanes
 from nc_dist.data.source import Source
 from nc_dist.data.stream import Batch, eval_batches, kept_shard_sizes, train_steps_data
 from nc_dist.data.subset import per_class, split_off
-from nc_dist.engine import Engine, make_engine
+from nc_dist.engine import Engine
 from nc_dist.errors import Preempted
 from nc_dist.loop import Objective, Step, every, train_steps
+from nc_dist.make_engine import make_engine
 from nc_dist.measure import classifier_of, measure_probe, observe
 from nc_dist.model import Model, export
 from nc_dist.probe import fit

@@ -38,12 +38,12 @@ def source_set() -> str:
 def table() -> str:
     """The 16 rows of the ledger, short."""
     rows = [json.loads(line) for line in (OUT / "results.jsonl").read_text().splitlines()]
-    head = f"{'variant':8} {'dataset':8} {'method':13} {'accuracy':>8} {'nc1 source':>11} {'nc1 downstr.':>12} {'trained':>9}"
-    lines = [head]
+    names = ("variant", "dataset", "method", "accuracy", "nc1 source", "nc1 downstream", "trained")
+    lines = ["{:8} {:8} {:13} {:>8} {:>11} {:>14} {:>9}".format(*names)]
     for row in rows:
         lines.append(
             f"{row['variant']:8} {row['dataset']:8} {row['method']:13} {100 * row['accuracy']:7.1f}% "
-            f"{row['nc1_source']:11.3g} {row['nc1_downstream']:12.3g} {row['trainable_percent']:8.2f}%"
+            f"{row['nc1_source']:11.3g} {row['nc1_downstream']:14.3g} {row['trainable_percent']:8.2f}%"
         )
     return "\n".join(lines)
 

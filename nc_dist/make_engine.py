@@ -1,0 +1,20 @@
+"""From an engine's spec to the engine. DeepSpeed is imported only when it is asked for: it takes seconds."""
+
+from __future__ import annotations
+
+from nc_dist.engine import DeepSpeedSpec, Engine, TorchSpec
+from nc_dist.engine_torch import TorchEngine
+from nc_dist.model import Model
+from nc_dist.optim import OptimSpec
+from nc_dist.world import World
+
+
+def make_engine(
+    model: Model, spec: TorchSpec | DeepSpeedSpec, optim: OptimSpec, batch: tuple[int, int], world: World
+) -> Engine:
+    """The engine that `spec` names; `batch` is (global, micro)."""
+    if isinstance(spec, TorchSpec):
+        return TorchEngine(model, spec, optim, world)
+    from nc_dist.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, spec, optim, batch, world)
