@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nc_dist.engine import DeepSpeedSpec, deepspeed_json, evaluating
 from nc_dist.model import Model, Outputs
@@ -39,11 +39,15 @@ class DeepSpeedEngine:
         _join_process_group(world)
         self.world = world
         self.input_dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+        trained = [p for p in model.to(world.device).parameters() if p.requires_grad]
+        optimizer, config = optim.build(trained), deepspeed_json(spec, *batch, world.size)
+        self._norm: Tensor | None = None
+        if spec.zero == 0 and spec.precision == "fp32":
+            # DeepSpeed would clip here without telling the norm: we do it in its place, on the reduced gradients.
+            config["gradient_clipping"] = 0.0
+            optimizer.register_step_pre_hook(lambda *_: self._clip(trained, spec.clip))
         self._engine, *_ = deepspeed.initialize(
-            model=model.to(world.device),
-            optimizer=optim.build([p for p in model.parameters() if p.requires_grad]),
-            config=deepspeed_json(spec, *batch, world.size),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.module: Model = self._engine.module
 
@@ -63,9 +67,13 @@ class DeepSpeedEngine:
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
+    def _clip(self, trained: list[nn.Parameter], limit: float) -> None:
+        self._norm = nn.utils.clip_grad_norm_(trained, limit or float("inf"))
+
     @property
     def grad_norm(self) -> float:
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm
+        return float(norm or 0.0)
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         self._engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)

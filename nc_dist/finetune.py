@@ -16,7 +16,7 @@ from nc_dist.config import FinetuneRun
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.catalog import open_source
 from nc_dist.data.order import Order, check_world, default_lanes
-from nc_dist.data.source import Source
+from nc_dist.data.source import Source, check_samples
 from nc_dist.data.stream import eval_batches, kept_shard_sizes, train_steps_data
 from nc_dist.data.subset import per_class
 from nc_dist.engine import evaluating
@@ -58,7 +58,7 @@ def open_target_set(run: FinetuneRun) -> TargetSet:
     return TargetSet(train, positions, test)
 
 
-def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[str, Any]:
     """Adapt the source model by the run's method and test it once; returns one row of the ledger.
 
     There is one setting and no choice among any, so nothing is validated: train is all of the label budget (the linear
@@ -95,6 +95,7 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool] = lambda: 
         "train_accuracy": after["train"]["acc1"],
         "trainable_percent": 100 * trained / total,
         "trainable_parameters": trained,
+        "device": world.device_name,
         "train_samples": len(data.positions),
         "test_samples": len(data.test.labels),
         **extra,
@@ -161,7 +162,7 @@ def train_method(
 ) -> None:
     """Train what the method left trainable, with cross-entropy; resumes from the run's own checkpoint."""
     order = target_order(run, data)
-    steps = max(1, round(run.epochs * order.steps_per_epoch))
+    steps = target_steps(run, order)
     engine = make_engine(model, run.engine, run.optim, (order.global_batch, order.micro), world)
     folder = Path(run.out) / "checkpoints"
     start = engine.load(newest)["step"] if newest else 0
@@ -190,18 +191,39 @@ def train_method(
 
 
 def target_order(run: FinetuneRun, data: TargetSet) -> Order:
-    """The order of the label budget; a budget smaller than a batch is one batch, said so by its size."""
+    """The order of the label budget."""
     sizes = kept_shard_sizes(data.train, data.positions)
     global_batch, micro = run.batch.global_, run.batch.micro
     return Order(sizes, run.seed, global_batch, micro, default_lanes(global_batch, micro))
 
 
-def check_target(run: FinetuneRun, world_size: int) -> TargetSet:
-    """All that can be wrong before training starts; InputError for what is."""
-    exported, data = load_exported(run.source), open_target_set(run)
-    run.method.apply(exported.model, data.num_classes, run.seed)
-    check_world(target_order(run, data).micro_per_step, world_size)
-    return data
+def target_steps(run: FinetuneRun, order: Order) -> int:
+    """Optimiser steps of the whole run; the linear probe's solver takes none."""
+    return 0 if isinstance(run.method, LinearProbe) else max(1, round(run.epochs * order.steps_per_epoch))
+
+
+def check(run: FinetuneRun, world_size: int) -> dict[str, Any]:
+    """The plan of the run; InputError for all that can be wrong with source, data, method and world size."""
+    data, model = check_target(run)
+    order = target_order(run, data)
+    check_world(order.micro_per_step, world_size)
+    seen = check_samples(data.train, data.positions)
+    trained, total = trainable(model)
+    return {
+        "training samples": len(data.positions),
+        "test samples": len(data.test.labels),
+        "steps": target_steps(run, order),
+        "trained parameters": f"{trained} of {total} ({100 * trained / total:.2f} %)",
+        "images read and decoded as a check": f"{seen} of {len(data.positions)}",
+    }
+
+
+def check_target(run: FinetuneRun) -> tuple[TargetSet, Model]:
+    """Source, data and method of a trial, as they would be used; InputError for what does not fit."""
+    data = open_target_set(run)
+    model = run.method.apply(load_exported(run.source).model, data.num_classes, run.seed)
+    target_order(run, data)
+    return data, model
 
 
 def ledger_names(run: FinetuneRun, exported: Exported) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Tensor
 from nc_dist.config import MeasureRun
 from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.catalog import open_source
+from nc_dist.data.source import check_samples
 from nc_dist.data.stream import Batch, eval_batches
 from nc_dist.data.subset import per_class
 from nc_dist.engine import evaluating
-from nc_dist.errors import InputError
+from nc_dist.errors import InputError, Preempted
 from nc_dist.loop import full
 from nc_dist.model import Model, Outputs, load_exported
 from nc_dist.nc import ClassMoments, nc4, ncc_hits
@@ -138,7 +139,16 @@ def classifier_of(model: Model) -> tuple[Tensor, Tensor] | None:
     return model.classifier.weight.detach().float().clone(), model.classifier.bias.detach().float().clone()
 
 
-def measure(run: MeasureRun, world: World) -> dict[str, Any]:
+def check(run: MeasureRun, world_size: int) -> dict[str, Any]:
+    """The plan of the run; InputError for all that can be wrong with model and data."""
+    blocks = check_blocks(load_exported(run.model).model, run.blocks)
+    source = open_source(run.data, run.split)
+    positions = per_class(source.labels, run.per_class, run.seed)
+    seen = check_samples(source, positions)
+    return {"samples": len(positions), "blocks": blocks, "images read and decoded as a check": seen}
+
+
+def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str, Any]:
     """The journey: NC of an exported model on a data set, before and after the head and at the named blocks."""
     began = time.time()
     exported = load_exported(run.model)
@@ -147,7 +157,7 @@ def measure(run: MeasureRun, world: World) -> dict[str, Any]:
     classes = len(source.class_names)
     names = check_blocks(model, run.blocks)
     positions = per_class(source.labels, run.per_class, run.seed)
-    batches = eval_batches(source, positions, exported.input, run.batch, world)
+    batches = until(stop, eval_batches(source, positions, exported.input, run.batch, world))
     fits = model.num_classes == classes
     classifier = classifier_of(model) if fits else None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -170,11 +180,20 @@ def measure(run: MeasureRun, world: World) -> dict[str, Any]:
         "per_class": run.per_class,
         "nc": nc,
         "world_size": world.size,
+        "device": world.device_name,
         "seconds": time.time() - began,
     }
     if world.rank == 0:
         _write(Path(run.out), result)
     return result
+
+
+def until(stop: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, until this process is asked to stop: then Preempted, as nothing is saved half-way."""
+    for batch in batches:
+        if stop():
+            raise Preempted(0)
+        yield batch
 
 
 def check_blocks(model: Model, blocks: Sequence[str]) -> list[str]:

@@ -7,11 +7,10 @@ from typing import Any
 
 
 def training_plan(
-    *, samples: int, heldout: int, global_batch: int, micro: int, lanes: int, epochs: float, world: int
+    *, samples: int, heldout: int, global_batch: int, micro: int, lanes: int, steps: int, world: int
 ) -> dict[str, Any]:
     """Steps and their parts for a training run on `world` processes."""
     per_epoch = samples // global_batch
-    steps = max(1, round(epochs * per_epoch))
     num_micro = global_batch // micro
     return {
         "training samples": samples,

@@ -15,15 +15,16 @@ from nc_dist import checkpoint
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
 from nc_dist.data.order import Order, check_world, default_lanes
-from nc_dist.data.source import Source
+from nc_dist.data.source import Source, check_samples
 from nc_dist.data.stream import Batch, eval_batches, kept_shard_sizes, train_steps_data
 from nc_dist.data.subset import per_class, split_off
-from nc_dist.engine import Engine
-from nc_dist.errors import Preempted
+from nc_dist.engine import DeepSpeedSpec, Engine, deepspeed_json
+from nc_dist.errors import InputError, Preempted
 from nc_dist.loop import Objective, Step, every, train_steps
 from nc_dist.make_engine import make_engine
 from nc_dist.measure import classifier_of, measure_probe, observe
 from nc_dist.model import Model, export
+from nc_dist.plan import training_plan
 from nc_dist.probe import fit
 from nc_dist.tracking import Tracker, flat_nc
 from nc_dist.world import World
@@ -53,7 +54,32 @@ def open_source_set(run: PretrainRun) -> SourceSet:
     return SourceSet(source, train, heldout, order, max(1, round(run.epochs * order.steps_per_epoch)))
 
 
-def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def check(run: PretrainRun, world_size: int) -> dict[str, Any]:
+    """The plan of the run; InputError for all that can be wrong with its data, model and world size."""
+    data = open_source_set(run)
+    check_world(data.order.micro_per_step, world_size)
+    if run.data.test:
+        test = open_source(run.data.test, "test")
+        if test.class_names != data.source.class_names:
+            raise InputError(f"data.test={run.data.test!r}: its classes are not those of data.train={run.data.train!r}")
+        check_samples(test, range(len(test.labels)))
+    seen = check_samples(data.source, np.concatenate([data.train, data.heldout]))
+    plan = training_plan(
+        samples=len(data.train),
+        heldout=len(data.heldout),
+        global_batch=run.batch.global_,
+        micro=run.batch.micro,
+        lanes=data.order.lanes,
+        steps=data.steps,
+        world=world_size,
+    )
+    plan["images read and decoded as a check"] = f"{seen} of {len(data.source.labels)}"
+    if isinstance(run.engine, DeepSpeedSpec):
+        plan["DeepSpeed"] = deepspeed_json(run.engine, run.batch.global_, run.batch.micro, world_size)
+    return plan
+
+
+def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool]) -> dict[str, Any]:
     """Train one source model, measuring NC live; returns the result that the report shows.
 
     Raises Preempted, everything saved, when `stop()` is true on any rank.
@@ -197,6 +223,7 @@ def finish(run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: 
         "dropped_per_epoch": data.order.dropped,
         "engine": engine_name,
         "world_size": world.size,
+        "device": world.device_name,
     }
 
 

@@ -70,12 +70,15 @@ def collect(folder: Path) -> Ledger:
     return Ledger(runs["pretrain"], runs["finetune"], problems)
 
 
-def write_report(folder: Path, out: Path, scale: str = "toy scale") -> dict[str, str | int]:
+def write_report(folder: Path, out: Path) -> dict[str, str | int]:
     """Write report.html, report.md, results.csv and results.jsonl into `out`; returns paths and row counts.
 
-    `scale` is the note in the heading: runs on CPU keep "toy scale". InputError when `folder` holds no run.
+    Where any run was on a CPU the heading says "toy scale", else it names the devices. InputError when `folder` holds
+    no run.
     """
     ledger = collect(folder)
+    devices = {str(row.get("device", "cpu")) for row in (*ledger.sources, *ledger.trials)}
+    scale = "toy scale" if "cpu" in devices else ", ".join(sorted(devices))
     sections = build_sections(ledger.sources, ledger.trials, ledger.problems)
     facts = _facts(ledger)
     extra = {key for row in ledger.trials for key, value in row.items() if not isinstance(value, list | dict)}

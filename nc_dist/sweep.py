@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nc_dist.config import FinetuneRun, SweepRun
+from nc_dist.data.source import check_samples
 from nc_dist.errors import InputError
 from nc_dist.finetune import check_target
 from nc_dist.identity import hash_file, spec_hash
@@ -55,11 +56,14 @@ def trials(sweep: SweepRun, where: str) -> list[Trial]:
 
     A trial's id hashes its spec, its source's weights and its data, so a retrained source makes other trials.
     """
-    found, faults = [], []
+    found, faults, seen = [], [], set[str]()
     for tree in expand(sweep):
         try:
             run = validate(FinetuneRun, {**tree, "out": "-"}, where)
-            data = check_target(run, 1)
+            data, _ = check_target(run)
+            if data.train.identity() not in seen:
+                seen.add(data.train.identity())
+                check_samples(data.train, data.positions)
             weights = hash_file(export_folder(run.source) / "model.safetensors")
             identity = spec_hash([run.model_dump(mode="json"), weights, data.train.identity(), data.test.identity()])
         except InputError as error:

@@ -25,6 +25,11 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
 
+    @property
+    def device_name(self) -> str:
+        """What it computes on, for the record: `cpu` or the GPU's name."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; also returned."""
         if self.size > 1:

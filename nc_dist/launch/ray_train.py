@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from nc_dist.errors import InputError, Preempted
-from nc_dist.launch.worker import SPECS, run_journey
+from nc_dist.launch.worker import JOURNEYS, run_journey
 from nc_dist.run_folder import result_of
 from nc_dist.spec import Spec, validate
 
@@ -66,7 +66,7 @@ def _work(config: dict[str, Any]) -> None:
     """On each worker. A stop is no failure: the group ends quietly and the driver sees that there is no result."""
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])  # relative paths mean the same on driver and workers
-    spec = validate(SPECS[config["name"]], config["tree"], "run")
+    spec = validate(JOURNEYS[config["name"]].spec, config["tree"], "run")
     try:
         run_journey(config["name"], spec)
     except Preempted as stopped:

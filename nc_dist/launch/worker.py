@@ -7,54 +7,53 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from nc_dist import finetune, measure, pretrain
 from nc_dist.config import FinetuneRun, MeasureRun, PretrainRun
 from nc_dist.errors import exit_code
 from nc_dist.run_folder import STOP, prepare, result_of, write_result, write_status
 from nc_dist.spec import Spec
 from nc_dist.world import World, joined_world
 
-SPECS: dict[str, type[Spec]] = {"pretrain": PretrainRun, "finetune": FinetuneRun, "measure": MeasureRun}
+
+class Journey(NamedTuple):
+    """A kind of run: what describes it, what finds its faults beforehand, what does it."""
+
+    spec: type[Spec]
+    check: Callable[[Any, int], dict[str, Any]]  # (run, world size) -> the plan; raises InputError
+    run: Callable[[Any, World, Callable[[], bool]], dict[str, Any]]  # (run, world, stop asked?) -> the result
+
+
+JOURNEYS = {
+    "pretrain": Journey(PretrainRun, pretrain.check, pretrain.pretrain),
+    "finetune": Journey(FinetuneRun, finetune.check, finetune.finetune),
+    "measure": Journey(MeasureRun, measure.check, measure.measure),
+}
 
 _stop_asked = threading.Event()
 
 
-def run_journey(name: str, spec: Spec) -> dict[str, Any]:
+def run_journey(name: str, spec: Any) -> dict[str, Any]:
     """The result of the journey `name`; a finished run is not repeated: its result is returned at once.
 
     The result is committed after a barrier: when it is there, every rank is through.
     """
-    out = Path(spec.out)  # type: ignore[attr-defined]
+    out = Path(spec.out)
     finished = result_of(out)
     if finished is not None:
         return finished
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, int(spec.launch.cpus)))  # type: ignore[attr-defined]
+        torch.set_num_threads(max(1, int(spec.launch.cpus)))
     with joined_world() as world:
-        result = _call(name, spec, world)
+        result = JOURNEYS[name].run(spec, world, _stop_request(out, world))
         world.barrier()
         if world.rank == 0:
             write_result(out, result)
         world.barrier()
     return result
-
-
-def _call(name: str, spec: Spec, world: World) -> dict[str, Any]:
-    if isinstance(spec, PretrainRun):
-        from nc_dist.pretrain import pretrain
-
-        return pretrain(spec, world, stop_request(spec, world))
-    if isinstance(spec, FinetuneRun):
-        from nc_dist.finetune import finetune
-
-        return finetune(spec, world, stop_request(spec, world))
-    assert isinstance(spec, MeasureRun), name
-    from nc_dist.measure import measure
-
-    return measure(spec, world)
 
 
 def run_trial(run: FinetuneRun) -> dict[str, Any]:
@@ -70,10 +69,9 @@ def run_trial(run: FinetuneRun) -> dict[str, Any]:
     return result
 
 
-def stop_request(spec: Any, world: World) -> Callable[[], bool]:
+def _stop_request(out: Path, world: World) -> Callable[[], bool]:
     """Whether this process got SIGTERM, or (looked at by rank 0) the run's stop file is there."""
-    file = Path(spec.out) / STOP
-    return lambda: _stop_asked.is_set() or (world.rank == 0 and file.exists())
+    return lambda: _stop_asked.is_set() or (world.rank == 0 and (out / STOP).exists())
 
 
 @contextmanager
