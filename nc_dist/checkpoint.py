@@ -1,7 +1,8 @@
 """Checkpoints: written by all ranks, complete or not there at all.
 
-Phase one: each rank writes its files into step_N.partial, with their sizes and hashes. Phase two, after a barrier:
-rank 0 checks that all are there, writes manifest.json, renames to step_N and moves the links `last` and `best`.
+Phase one: each rank writes its files into step_N.partial, and a mark that it did. Phase two, after a barrier: rank 0
+checks that all marks are there, writes manifest.json with sizes and hashes, renames to step_N and moves the links
+`last` and `best`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nc_dist.identity import hash_file
 from nc_dist.world import World
 
 MANIFEST = "manifest.json"
+MARK = "written_by_rank_"
 KEEP = 2  # newest checkpoints; the best one is kept besides
 
 
@@ -28,8 +30,14 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any], world: 
         partial.mkdir(parents=True)
     world.barrier()
     engine.save(partial, state)
+    (partial / f"{MARK}{world.rank}").touch()
     world.barrier()
     if world.rank == 0:
+        marks = list(partial.glob(f"{MARK}*"))
+        if len(marks) < world.size:
+            raise RuntimeError(
+                f"{partial}: only {len(marks)} of {world.size} ranks wrote here; is it shared storage?"
+            )
         files = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(partial.rglob("*"))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nc_dist.engine import DeepSpeedSpec, deepspeed_json, evaluating
+from nc_dist.errors import InputError
 from nc_dist.model import Model, Outputs
 from nc_dist.optim import OptimSpec
 from nc_dist.world import World
@@ -79,6 +80,12 @@ class DeepSpeedEngine:
         self._engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> dict[str, Any]:
+        shares = len(list((folder / TAG).glob("*optim_states.pt")))  # one file of each rank in ZeRO 1-3, none in 0
+        if shares not in (0, self.world.size):
+            raise InputError(
+                f"{folder}: saved by {shares} processes with ZeRO, this is a run of {self.world.size}; go on with "
+                f"{shares} (launch.workers={shares}), or begin anew with --fresh"
+            )
         path, client_state = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed could not load its checkpoint")

@@ -90,7 +90,8 @@ def collapse(
 def _moments(feats_ND: Tensor, labels_N: Tensor, num_classes: int, world: World) -> ClassMoments:
     moments = ClassMoments(num_classes, feats_ND.shape[1], device=feats_ND.device)
     for feats, labels in zip(torch.split(feats_ND, CHUNK), torch.split(labels_N, CHUNK), strict=True):
-        moments.update(feats, labels)
+        # In fp64: fp32 products differ by 1e-7 with the split over ranks, which the pseudo-inverse in NC1 may amplify.
+        moments.update(feats.double(), labels)
     return moments.all_reduce(world.sum_)
 
 
@@ -178,6 +179,7 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
         "data": run.data,
         "data_identity": source.identity(),
         "per_class": run.per_class,
+        "nc1": nc["before"]["nc1"],
         "nc": nc,
         "world_size": world.size,
         "device": world.device_name,

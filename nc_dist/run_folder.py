@@ -5,6 +5,7 @@ run.yaml  env.json  status.json  metrics.jsonl  result.json  tb/  checkpoints/  
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -36,7 +37,9 @@ def prepare(spec: Spec, fresh: bool = False) -> Path:
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out}: a file is in the way; choose another folder")
     if fresh and out.exists():
-        aside = out.with_name(f"{out.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        names = (f"{out.name}.{stamp}{f'-{i}' if i else ''}" for i in itertools.count())
+        aside = next(path for name in names if not (path := out.with_name(name)).exists())
         out.rename(aside)
         print(f"moved the old {out} to {aside}")
     check_same(spec, out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class Order:
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch}")
         per_lane = self.global_batch // self.lanes
-        lanes = _epoch_line(self, epoch).reshape(self.lanes, -1)  # (L, steps * B/L)
+        lanes = self._line(epoch).reshape(self.lanes, -1)  # (L, steps * B/L)
         return lanes[:, step * per_lane : (step + 1) * per_lane].reshape(self.micro_per_step, self.micro)
 
     def rank_step(self, epoch: int, step: int, rank: int, world: int) -> np.ndarray:
@@ -70,8 +70,15 @@ class Order:
         mine = self.micro_per_step // world
         return self.step(epoch, step)[rank * mine : (rank + 1) * mine]
 
+    def _line(self, epoch: int) -> np.ndarray:
+        """The epoch's line; the newest one is kept, as steps are asked for in sequence."""
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] != epoch:
+            kept = self.__dict__["_kept"] = (epoch, _epoch_line(self, epoch))
+        line: np.ndarray = kept[1]
+        return line
 
-@lru_cache(maxsize=2)
+
 def _epoch_line(order: Order, epoch: int) -> np.ndarray:
     """All positions of one epoch in the order of the lanes, tail dropped: (steps * B,) int64."""
     random = np.random.Generator(np.random.Philox(key=[order.seed, epoch]))

@@ -162,7 +162,7 @@ def _say(text: str) -> None:
 
 
 def _say_done(out: Path, result: dict[str, Any]) -> None:
-    shown = ("source_accuracy", "accuracy", "heldout_accuracy", "nc1_source", "nc1_downstream", "trainable_percent")
+    shown = ("source_accuracy", "accuracy", "heldout_accuracy", "nc1", "nc1_source", "nc1_downstream")
     values = [f"{key} {result[key]:.4g}" for key in shown if isinstance(result.get(key), float)]
     _say(f"done in {console.duration(result['seconds'])}: {', '.join(values)}")
     _say(f"  results: {out}/result.json   TensorBoard: tensorboard --logdir {out}")

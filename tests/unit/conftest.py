@@ -1,4 +1,4 @@
-"""What the unit tests share: one thread, small images on disk, shards of them, a complete pre-training run as a tree."""
+"""What the unit tests share: one thread, small images on disk, shards of them, a pre-training run as a tree."""
 
 from collections.abc import Iterator
 from pathlib import Path

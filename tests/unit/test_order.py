@@ -83,7 +83,6 @@ def test_a_step_reached_by_resuming_is_that_of_the_whole_run() -> None:
     """A fresh object, asked for one late step alone, without any of those before it."""
     order = Order((30,) * 9, 1, 16, 4, 8)
     whole = [epoch_of(order, epoch) for epoch in range(3)]
-    orders._epoch_line.cache_clear()
     np.testing.assert_array_equal(Order((30,) * 9, 1, 16, 4, 8).step(2, 11), whole[2][11])
 
 

@@ -218,9 +218,9 @@ def test_the_same_ledger_gives_the_same_files(report: Path, tmp_path: Path) -> N
 
 
 def test_another_scale_is_named_and_not_called_toy(tmp_path: Path) -> None:
-    write(tmp_path / "ce/result.json", source("ce", 0.5))
-    page = Path(str(write_report(tmp_path, tmp_path, scale="8 GPUs")["html"])).read_text("utf-8")
-    assert "8 GPUs" in page
+    write(tmp_path / "ce/result.json", source("ce", 0.5) | {"device": "NVIDIA H200"})
+    page = Path(str(write_report(tmp_path, tmp_path)["html"])).read_text("utf-8")
+    assert "NVIDIA H200" in page
     assert "toy scale" not in page.lower()
 
 

@@ -13,7 +13,9 @@ def counts(positions: np.ndarray) -> list[int]:
     return np.bincount(LABELS[positions], minlength=4).tolist()
 
 
-@pytest.mark.parametrize("n, expected", [(1, [1, 1, 1, 1]), (5, [3, 5, 5, 5]), (15, [3, 10, 15, 15]), (99, [3, 10, 20, 40])])
+@pytest.mark.parametrize(
+    "n, expected", [(1, [1, 1, 1, 1]), (5, [3, 5, 5, 5]), (15, [3, 10, 15, 15]), (99, [3, 10, 20, 40])]
+)
 def test_each_class_gives_n_or_all_it_has(n: int, expected: list[int]) -> None:
     chosen = per_class(LABELS, n, seed=0)
     assert counts(chosen) == expected

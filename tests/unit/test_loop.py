@@ -1,0 +1,163 @@
+"""The loop in one process: a step's gradient is that of the global batch, however it is cut into micro-batches."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from nc_dist.backbones import SmallResNetSpec, from_vit
+from nc_dist.data.augment import InputSpec, normalise
+from nc_dist.data.stream import Batch
+from nc_dist.engine import TorchSpec
+from nc_dist.engine_torch import TorchEngine
+from nc_dist.heads import MLPHead
+from nc_dist.loop import Objective, Step, every, train_steps
+from nc_dist.losses import CrossEntropy, LossSpec, SupCon
+from nc_dist.model import Model, ModelSpec
+from nc_dist.optim import SGD, Schedule
+from nc_dist.world import World
+
+INPUT = InputSpec(size=8)
+MICRO = 6
+
+
+def model(kind: str = "resnet", classes: int = 3, dropout: float = 0.0) -> Model:
+    torch.manual_seed(0)
+    spec = ModelSpec(backbone=SmallResNetSpec(name="resnet8", width=2), head=MLPHead(output=4))
+    if kind == "resnet":
+        return Model(spec, classes)
+    net = VisionTransformer(8, 4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8, dropout=dropout)
+    net.heads = nn.Identity()
+    return Model(spec, classes, backbone=from_vit(net))
+
+
+def data(steps: int, micros: int, views: int = 1) -> list[list[Batch]]:
+    random = torch.Generator().manual_seed(3)
+
+    def batch() -> Batch:
+        images = torch.randint(0, 256, (MICRO * views, 3, 8, 8), dtype=torch.uint8, generator=random)
+        return Batch(images, torch.randint(0, 3, (MICRO,), generator=random), torch.arange(MICRO))
+
+    return [[batch() for _ in range(micros)] for _ in range(steps)]
+
+
+def run(
+    trained: Model, loss: LossSpec, batches: list[list[Batch]], steps: int | None = None, start: int = 0, seed: int = 0
+) -> Iterator[Step]:
+    engine = TorchEngine(trained, TorchSpec(precision="fp64"), SGD(momentum=0, weight_decay=0), World())
+    schedule = Schedule(kind="constant", warmup=0)
+    objective = Objective(loss, INPUT, len(batches[0]), seed, 0.1, schedule, steps or len(batches))
+    return train_steps(engine, batches, objective, World(), start)
+
+
+def by_hand(trained: Model, loss: LossSpec, micros: list[Batch]) -> float:
+    """One step of plain SGD on the loss of the whole batch, forwards by micro-batch; its loss."""
+    trained.double().train()
+    outputs = [trained(normalise(b.images, INPUT, torch.float64)) for b in micros]
+    labels = [b.labels.repeat(loss.views) for b in micros]
+    if loss.coupled:
+        value = loss(torch.cat([o.embedding_BE for o in outputs]), None, torch.cat(labels))
+    else:
+        value = torch.stack([loss(o.embedding_BE, o.logits_BK, y) for o, y in zip(outputs, labels, strict=True)]).mean()
+    value.backward()
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+    return float(value.detach())
+
+
+def largest_difference(a: Model, b: Model) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p - q).detach().abs().max()) for p, q in pairs)
+
+
+@pytest.mark.parametrize("micros", [1, 4])
+@pytest.mark.parametrize("loss", [CrossEntropy(), SupCon()], ids=lambda loss: loss.kind)
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_a_step_follows_the_gradient_of_the_global_batch(kind: str, loss: LossSpec, micros: int) -> None:
+    ours = model(kind, classes=3 if loss.uses_logits else 0)
+    theirs, batches = copy.deepcopy(ours), data(1, micros, loss.views)
+    (step,) = run(ours, loss, batches)
+    value = by_hand(theirs, loss, batches[0])
+    assert (
+        largest_difference(ours, theirs)
+        < 1e-12
+        < largest_difference(ours, model(kind, 3 if loss.uses_logits else 0).double())
+    )
+    assert step.metrics()["train/loss"] == pytest.approx(value, rel=1e-12)
+
+
+def test_metrics_are_of_the_whole_step() -> None:
+    trained, batches = model(), data(1, 3)
+    plain = copy.deepcopy(trained).double().train()
+    logits: list[Tensor] = [plain(normalise(b.images, INPUT, torch.float64)).logits_BK for b in batches[0]]
+    hits = sum(int((x.argmax(1) == b.labels).sum()) for x, b in zip(logits, batches[0], strict=True))
+    (step,) = run(trained, CrossEntropy(), batches)
+    metrics = step.metrics()
+    assert metrics["train/acc1"] == hits / (3 * MICRO)
+    assert metrics["train/lr"] == 0.1 and metrics["train/grad_norm"] > 0
+    assert step.number == 1 and step.applied and not step.stop_requested()
+    assert 0 <= step.data_seconds <= step.seconds
+
+
+def test_without_a_classifier_there_is_no_accuracy() -> None:
+    (step,) = run(model(classes=0), SupCon(), data(1, 2, views=2))
+    assert "train/acc1" not in step.metrics()
+
+
+def test_running_statistics_get_one_update_a_step() -> None:
+    trained = model()
+    list(run(trained, SupCon(), data(3, 4, views=2)))
+    assert {int(m.num_batches_tracked) for m in trained.modules() if isinstance(m, nn.BatchNorm2d)} == {3}
+
+
+def test_random_layers_draw_from_seed_step_and_micro_batch_alone() -> None:
+    """Dropout is the same whatever was drawn before, and in both forwards of a coupled loss; the seed changes it."""
+    after = []
+    for state, seed in ((1, 0), (2, 0), (1, 9)):
+        torch.manual_seed(state)
+        trained = model("vit", classes=0, dropout=0.5)
+        torch.manual_seed(state)
+        list(run(trained, SupCon(), data(2, 3, views=2), seed=seed))
+        after.append(trained)
+    assert largest_difference(after[0], after[1]) == 0 < largest_difference(after[0], after[2])
+
+
+def test_dropout_does_not_change_which_gradient_a_coupled_step_follows() -> None:
+    """The cached embeddings are those of the second forward: SGD by hand with the same draws gets the same weights."""
+    from nc_dist.identity import hash_text
+
+    ours = model("vit", classes=0, dropout=0.5)
+    theirs, batches = copy.deepcopy(ours).double().train(), data(1, 3, views=2)
+    list(run(ours, SupCon(), batches))
+    outputs = []
+    for j, batch in enumerate(batches[0]):
+        torch.manual_seed(int(hash_text(f"0/0/{j}"), 16) % 2**63)
+        outputs.append(theirs(normalise(batch.images, INPUT, torch.float64)).embedding_BE)
+    SupCon()(torch.cat(outputs), None, torch.cat([b.labels.repeat(2) for b in batches[0]])).backward()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p -= 0.1 * p.grad  # type: ignore[operator]
+    assert largest_difference(ours, theirs) < 1e-12
+
+
+def test_the_loop_starts_where_it_is_told_and_counts_over_the_whole_run() -> None:
+    trained, batches = model(), data(5, 1)
+    steps = run(trained, CrossEntropy(), batches[3:], steps=5, start=3)
+    assert [step.number for step in steps] == [4, 5]
+
+
+def test_a_stop_is_seen_in_the_step_after_which_it_was_asked() -> None:
+    asked = iter([False, True, False])
+    engine = TorchEngine(model(), TorchSpec(precision="fp64"), SGD(), World())
+    objective = Objective(CrossEntropy(), INPUT, 1, 0, 0.1, Schedule(), 3)
+    steps = train_steps(engine, data(3, 1), objective, World(), stop=lambda: next(asked))
+    assert [step.stop_requested() for step in steps] == [False, True, False]
+
+
+def test_every_depends_on_the_step_alone() -> None:
+    assert [step for step in range(1, 10) if every(3, step)] == [3, 6, 9]

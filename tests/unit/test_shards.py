@@ -1,0 +1,297 @@
+"""Shards: what is written, that webdataset reads it back, and that each kind of damage is found and named."""
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from nc_dist.data import manifest, shards
+from nc_dist.data.source import ArraySource, ShardSource, open_folder
+from nc_dist.errors import InputError
+
+
+def build(folder: Path, out: Path, per_shard: int = 4, seed: int = 1, **more: Any) -> list[tuple[int, int]]:
+    return list(shards.build(open_folder(folder), out, per_shard, seed, **more))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def opened(folder: Path) -> ShardSource:
+    return ShardSource(folder, manifest.load(folder))
+
+
+def change_manifest(folder: Path, change: Any) -> None:
+    tree = json.loads((folder / manifest.FILE).read_text())
+    change(tree)
+    (folder / manifest.FILE).write_text(json.dumps(tree))
+
+
+def faults_of(folder: Path) -> list[str]:
+    return [fault for _, found in shards.verify(folder) for fault in found]
+
+
+def test_shards_differ_by_one_sample_at_most_and_report_progress(image_folder: Path, tmp_path: Path) -> None:
+    assert build(image_folder, tmp_path / "s") == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert sorted(shard.samples for shard in manifest.load(tmp_path / "s").shards) == [3, 4, 4, 4]
+
+
+def test_the_same_build_gives_the_same_bytes(image_folder: Path, tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        build(image_folder, tmp_path / parent / "set")
+    assert contents(tmp_path / "a/set") == contents(tmp_path / "b/set")
+    build(image_folder, tmp_path / "c/set", seed=2)
+    assert manifest.load(tmp_path / "c/set").identity() != manifest.load(tmp_path / "a/set").identity()
+
+
+def test_shards_hold_every_image_with_its_label(image_folder: Path, built: Path) -> None:
+    """Bytes are kept as they are where the format is jpg, png or webp; other images keep their pixels."""
+    folder, source = open_folder(image_folder), opened(built)
+    assert source.class_names == ["cat", "dog house", "x.y"]
+    assert sorted(source.labels) == [0] * 4 + [1] * 5 + [2] * 6
+    for position in range(len(source.labels)):
+        original = int(source.key(position).split("_")[0])
+        assert source.labels[position] == folder.labels[original]
+        assert source.raw(position)[1] == folder.raw(original)[1]
+        assert source.read(position).equal(folder.read(original))
+
+
+def test_webdataset_reads_the_tars_with_equal_labels_and_bytes(built: Path) -> None:
+    source = opened(built)
+    urls = [str(built / shard.name) for shard in source.manifest.shards]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == source.manifest.keys
+    assert [int(sample["cls"]) for sample in read] == source.labels.tolist()
+    for position, sample in enumerate(read):
+        image = next(sample[e] for e in ("jpg", "jpeg", "png", "webp") if e in sample)
+        assert image == source.raw(position)[1]
+
+
+def test_offsets_sizes_and_checksums_of_the_manifest_are_those_of_the_tar(built: Path) -> None:
+    for shard in manifest.load(built).shards:
+        data = (built / shard.name).read_bytes()
+        assert len(data) == shard.bytes and hashlib.sha256(data).hexdigest() == shard.sha256
+        for offset, size, crc in zip(shard.offsets, shard.sizes, shard.crc32, strict=True):
+            image = data[offset : offset + size]
+            assert zlib.crc32(image) == crc
+            assert image[:4] in (b"\x89PNG", b"RIFF") or image[:2] == b"\xff\xd8"
+
+
+def test_keys_hold_no_dot_and_no_blank(built: Path) -> None:
+    assert all(key.replace("_", "").replace("-", "").isalnum() and key.isascii() for key in manifest.load(built).keys)
+
+
+def test_chosen_positions_alone_are_written(image_folder: Path, tmp_path: Path) -> None:
+    build(image_folder, tmp_path / "s", positions=np.array([0, 4, 9]))
+    assert sorted(opened(tmp_path / "s").labels) == [0, 1, 2]
+
+
+def test_arrays_can_be_built_and_read_back(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 7), dtype=np.uint8)
+    source = ArraySource("a", ["x", "y"], pixels, np.array([0, 1] * 3))
+    list(shards.build(source, tmp_path / "s", 6, seed=0))
+    read = opened(tmp_path / "s")
+    for position in range(6):
+        original = int(read.key(position).split("_")[0])
+        assert read.read(position).equal(source.read(original))
+
+
+def test_a_sound_set_has_no_fault(built: Path) -> None:
+    assert [(name, found) for name, found in shards.verify(built)] == [(f"built-{i:06d}.tar", []) for i in range(4)]
+
+
+def test_the_same_recipe_is_not_built_again(image_folder: Path, tmp_path: Path) -> None:
+    build(image_folder, tmp_path / "s")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()}
+    assert build(image_folder, tmp_path / "s") == []
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()}
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"per_shard": 5}, {"positions": np.arange(9)}], ids=str)
+def test_another_recipe_is_refused_and_the_old_shards_are_kept(
+    image_folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    build(image_folder, tmp_path / "s")
+    before = contents(tmp_path / "s")
+    with pytest.raises(InputError, match="s: holds other files"):
+        build(image_folder, tmp_path / "s", **change)
+    assert contents(tmp_path / "s") == before
+
+
+def test_tars_of_others_are_never_replaced(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/s-000000.tar").write_bytes(b"precious")
+    with pytest.raises(InputError, match="holds other files"):
+        build(image_folder, tmp_path / "s")
+    assert (tmp_path / "s/s-000000.tar").read_bytes() == b"precious"
+
+
+def test_a_file_in_the_way_and_a_build_of_nothing_are_refused(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="a file is in the way"):
+        build(image_folder, tmp_path / "file")
+    with pytest.raises(InputError, match="no sample"):
+        build(image_folder, tmp_path / "s", positions=np.arange(0))
+    with pytest.raises(InputError, match="samples-per-shard 0"):
+        build(image_folder, tmp_path / "s", per_shard=0)
+
+
+def test_an_interrupted_build_begins_anew_and_leaves_nothing_of_the_first(image_folder: Path, tmp_path: Path) -> None:
+    unfinished = shards.build(open_folder(image_folder), tmp_path / "x/set", samples_per_shard=2, seed=7)
+    for _ in range(5):
+        next(unfinished)
+    (tmp_path / "x/set/set-000005.tar.partial").write_bytes(b"half")
+    assert not (tmp_path / "x/set" / manifest.FILE).exists()
+    build(image_folder, tmp_path / "x/set")
+    build(image_folder, tmp_path / "y/set")
+    assert contents(tmp_path / "x/set") == contents(tmp_path / "y/set")
+
+
+def test_an_unreadable_image_stops_the_build_by_name(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/a/broken one.jpg").write_bytes((image_folder / "cat/a.JPG").read_bytes()[:60])
+    with pytest.raises(InputError, match=r"in/a/broken one.jpg: unreadable image"):
+        build(tmp_path / "in", tmp_path / "out")
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_is_found_and_its_shard_and_key_named(built: Path) -> None:
+    shard = manifest.load(built).shards[2]
+    path = built / shard.name
+    data = bytearray(path.read_bytes())
+    data[shard.offsets[1] + shard.sizes[1] // 2] ^= 1
+    path.write_bytes(data)
+    faults = faults_of(built)
+    assert faults[0] == f"{shard.name}: sha256 differs from the manifest's"
+    assert len(faults) == 2
+    assert shard.name in faults[1] and repr(shard.keys[1]) in faults[1] and "crc32" in faults[1]
+    with pytest.raises(InputError, match=shard.keys[1]):
+        opened(built).read(8 + 1)
+
+
+def test_an_image_that_is_no_image_is_named_by_shard_and_key(built: Path) -> None:
+    """Its checksum is right: it was broken when the shards were made elsewhere."""
+    shard = manifest.load(built).shards[0]
+    path = built / shard.name
+    data = bytearray(path.read_bytes())
+    data[shard.offsets[0] : shard.offsets[0] + shard.sizes[0]] = bytes(shard.sizes[0])
+    path.write_bytes(data)
+    change_manifest(built, lambda t: t["shards"][0]["crc32"].__setitem__(0, zlib.crc32(bytes(shard.sizes[0]))))
+    with pytest.raises(InputError, match=f"{shard.name}: sample '{shard.keys[0]}': unreadable image"):
+        opened(built).read(0)
+
+
+def test_a_label_changed_in_the_manifest_is_found(built: Path) -> None:
+    label = manifest.load(built).shards[1].labels[0]
+    change_manifest(built, lambda t: t["shards"][1]["labels"].__setitem__(0, (label + 1) % 3))
+    assert faults_of(built) == ["built-000001.tar: the manifest's keys, labels or offsets are not those of the tar"]
+
+
+def test_a_truncated_tar_is_found_when_the_set_is_opened(built: Path) -> None:
+    path = built / "built-000001.tar"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(InputError, match=f"built-000001.tar: {size - 512} bytes, the manifest says {size}"):
+        manifest.load(built)
+
+
+def test_a_missing_shard_is_found_when_the_set_is_opened(built: Path) -> None:
+    (built / "built-000003.tar").unlink()
+    with pytest.raises(
+        InputError, match=r"manifest.json: does not match its shards, 1 faults\n  built-000003.tar: missing"
+    ):
+        manifest.load(built)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t["shards"][0]["labels"].__setitem__(1, 3), r"0.tar: sample '.*' has label 3, allowed are 0..2"),
+        (lambda t: t["shards"][0]["labels"].__setitem__(1, -1), "has label -1, allowed are 0..2"),
+        (lambda t: t["class_names"].append("unicorn"), r"class 3 \('unicorn'\) has no sample"),
+        (lambda t: t["shards"][1]["keys"].__setitem__(0, t["shards"][0]["keys"][0]), "1 keys are given twice"),
+        (lambda t: t["shards"][2]["offsets"].pop(), "built-000002.tar: columns of unequal length"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_contradicts_itself_is_refused(built: Path, change: Any, said: str) -> None:
+    change_manifest(built, change)
+    with pytest.raises(InputError, match=said):
+        manifest.load(built)
+
+
+def test_all_faults_of_a_manifest_come_at_once(built: Path) -> None:
+    (built / "built-000003.tar").unlink()
+    change_manifest(built, lambda t: t["class_names"].append("unicorn"))
+    with pytest.raises(InputError, match="2 faults") as caught:
+        manifest.load(built)
+    assert "missing" in str(caught.value) and "unicorn" in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b'{"version": 1}', b"\xff\xfe\x00", None])
+def test_an_unreadable_manifest_says_how_to_make_one(built: Path, data: bytes | None) -> None:
+    (built / manifest.FILE).unlink()
+    if data is not None:
+        (built / manifest.FILE).write_bytes(data)
+    with pytest.raises(InputError, match="no readable manifest .* nc-dist shards build"):
+        manifest.load(built)
+
+
+def test_a_manifest_of_another_version_is_refused(built: Path) -> None:
+    change_manifest(built, lambda t: t.update(version=99))
+    with pytest.raises(InputError, match="version 99, expected 1"):
+        manifest.load(built)
+
+
+def test_identity_is_that_of_the_content_not_of_the_folder(built: Path, tmp_path: Path) -> None:
+    loaded = manifest.load(built)
+    built.rename(tmp_path / "moved")
+    assert manifest.load(tmp_path / "moved").identity() == loaded.identity()
+    change_manifest(tmp_path / "moved", lambda t: t["class_names"].__setitem__(0, "lion"))
+    assert manifest.load(tmp_path / "moved").identity() != loaded.identity()
+
+
+# --- index of a tar that others wrote --------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, samples: list[tuple[str, str]]) -> None:
+    pixel = path.with_suffix(".png")
+    Image.new("L", (2, 2)).save(pixel)
+    with tarfile.open(path, "w") as tar:
+        for key, extension in samples:
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            data = b"1" if extension == "cls" else pixel.read_bytes()
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "samples, said",
+    [
+        ([("a", "png"), ("a", "cls"), ("b", "png"), ("b", "cls"), ("a", "png"), ("a", "cls")], "'a' are not adjacent"),
+        ([("a", "png"), ("b", "png"), ("a", "cls"), ("b", "cls")], "sample 'a' has .*'png'.*needs an image and cls"),
+        ([("a", "cls")], "sample 'a' has .*needs an image and cls"),
+    ],
+)
+def test_a_tar_with_incomplete_or_doubled_samples_is_refused(
+    tmp_path: Path, samples: list[tuple[str, str]], said: str
+) -> None:
+    write_tar(tmp_path / "x.tar", samples)
+    with pytest.raises(InputError, match=said):
+        shards.index(tmp_path / "x.tar")
+
+
+def test_a_tar_of_others_is_indexed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("n01/a", "png"), ("n01/a", "cls"), ("n02/a", "PNG"), ("n02/a", "cls")])
+    assert shards.index(tmp_path / "x.tar").keys == ["n01/a", "n02/a"]
+    assert shards.index(tmp_path / "x.tar").labels == [1, 1]
