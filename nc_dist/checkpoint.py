@@ -35,9 +35,7 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any], world: 
     if world.rank == 0:
         marks = list(partial.glob(f"{MARK}*"))
         if len(marks) < world.size:
-            raise RuntimeError(
-                f"{partial}: only {len(marks)} of {world.size} ranks wrote here; is it shared storage?"
-            )
+            raise RuntimeError(f"{partial}: only {len(marks)} of {world.size} ranks wrote here; is it shared storage?")
         files = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(partial.rglob("*"))

@@ -1,13 +1,13 @@
 """What a person sees while something runs: read from the files that the run writes, in the process they look at.
 
-On a terminal a progress bar with the newest line, elsewhere plain lines. The same whether the run is here or on Ray.
+Plain lines, on a terminal with a progress bar below them. The same whether the run is here or on Ray.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from nc_dist.tracking import FILE
 
 POLL_SECONDS = 0.5
 Row = dict[str, Any]
+Line = tuple[str, float] | None  # text and fraction done; None: nothing new
 
 
 @contextmanager
@@ -36,33 +37,34 @@ def following_trials(folders: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-Line = tuple[str, float] | None  # text and fraction done; None: nothing new
-
-
 @contextmanager
-def _watching(lines: Any) -> Iterator[None]:
+def _watching(lines: Callable[[], Iterator[Line]]) -> Iterator[None]:
     """Print lines from a thread until the block ends, then what is left of them."""
     done = threading.Event()
     console = Console(soft_wrap=True, highlight=False)
 
-    def show(put: Any) -> None:
-        source: Iterator[Line] = lines()
-        for line in source:
+    def show(put: Callable[[str, float], object]) -> None:
+        ended = False
+        for line in lines():
             if line is not None:
                 put(*line)
-            elif done.wait(POLL_SECONDS):
-                break
-        for line in itertools_until_none(source):
-            put(*line)
+            elif ended:
+                return  # one more look was taken after the end
+            else:
+                ended = done.wait(POLL_SECONDS)
 
     def work() -> None:
         if not console.is_terminal:
             show(lambda text, _: console.print(text, markup=False))
             return
-        columns = (BarColumn(24), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"))
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("starting", total=1.0)
-            show(lambda text, part: progress.update(task, description=text, completed=part))
+        with Progress(BarColumn(), TextColumn("{task.percentage:3.0f}%"), console=console, transient=True) as progress:
+            task = progress.add_task("", total=1.0)
+
+            def put(text: str, part: float) -> None:
+                console.print(text, markup=False)
+                progress.update(task, completed=part)
+
+            show(put)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -73,22 +75,14 @@ def _watching(lines: Any) -> Iterator[None]:
         thread.join(timeout=10)
 
 
-def itertools_until_none(lines: Iterator[Line]) -> Iterator[tuple[str, float]]:
-    """What is there already."""
-    for line in lines:
-        if line is None:
-            return
-        yield line
-
-
 def _lines(path: Path) -> Iterator[Line]:
     """Lines of the rows that metrics.jsonl gains, None whenever there is nothing new."""
     offset = path.stat().st_size if path.exists() else 0
     newest_nc: float | None = None
     first: Row | None = None
     while True:
-        if not path.exists() or path.stat().st_size < offset:
-            offset = 0  # a new file: cut back for a resume
+        size = path.stat().st_size if path.exists() else 0
+        offset = min(offset, size)  # cut back for a resume: what is left was shown by the earlier attempt
         text = ""
         if path.exists():
             with path.open() as file:
