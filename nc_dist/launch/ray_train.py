@@ -17,8 +17,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from nc_dist.errors import InputError, Preempted
-from nc_dist.launch.worker import JOURNEYS, run_journey
-from nc_dist.run_folder import result_of
+from nc_dist.launch.worker import JOURNEYS, run_journey, stopping_on_sigterm
+from nc_dist.run_folder import STOP, result_of
 from nc_dist.spec import Spec, validate
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -30,7 +30,8 @@ def fit(name: str, spec: Spec) -> dict[str, Any]:
     Raises Preempted when it was stopped, InputError or RuntimeError with the first failing worker's reason.
     """
     launch, out = spec.launch, Path(spec.out).absolute()  # type: ignore[attr-defined]
-    with cluster() as resources:
+    # Ray's start takes over SIGTERM (a stack dump, then abort): our way of stopping is put in place after it.
+    with cluster() as resources, stopping_on_sigterm(also=(out / STOP).touch):
         gpus = launch.gpus if launch.gpus is not None else float(resources.get("GPU", 0) > 0)
         check_fits(resources, launch.workers * launch.cpus, launch.workers * gpus, "launch.workers")
         trainer = TorchTrainer(

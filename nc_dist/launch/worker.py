@@ -39,15 +39,16 @@ _stop_asked = threading.Event()
 def run_journey(name: str, spec: Any) -> dict[str, Any]:
     """The result of the journey `name`; a finished run is not repeated: its result is returned at once.
 
-    The result is committed after a barrier: when it is there, every rank is through.
+    The result is committed after a barrier: when it is there, every rank is through. Rank 0 says for all whether it is
+    there: another rank may look before rank 0 has moved an old folder aside.
     """
     out = Path(spec.out)
-    finished = result_of(out)
-    if finished is not None:
-        return finished
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(spec.launch.cpus)))
     with joined_world() as world:
+        finished = world.broadcast(result_of(out) if world.rank == 0 else None)
+        if finished is not None:
+            return finished  # type: ignore[no-any-return]
         result = JOURNEYS[name].run(spec, world, _stop_request(out, world))
         world.barrier()
         if world.rank == 0:
