@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torchvision
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
@@ -155,7 +155,7 @@ class TorchvisionSpec(Spec):
     kind: Literal["torchvision"] = "torchvision"
     name: str
     weights: str | None = None
-    image_size: int = 224  # vision transformers have one position embedding for each patch
+    image_size: int = Field(224, ge=1)  # vision transformers have one position embedding for each patch
 
     @field_validator("name")
     @classmethod
@@ -164,6 +164,13 @@ class TorchvisionSpec(Spec):
         if name not in known:
             raise ValueError(f"unknown torchvision model; allowed are {', '.join(known)}")
         return name
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        known = [weights.name for weights in torchvision.models.get_model_weights(self.name)]
+        if self.weights not in (None, "DEFAULT", *known):
+            raise ValueError(f"weights={self.weights!r}: {self.name} has {', '.join(known)} and DEFAULT")
+        return self
 
     def build(self) -> Backbone:
         sized = {"image_size": self.image_size} if _family(self.name) == "vit" else {}

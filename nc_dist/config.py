@@ -80,7 +80,7 @@ class PretrainRun(Spec):
     epochs: float = Field(gt=0)
     probe: Probe = Probe()
     measure_every: int | None = Field(None, ge=1)  # steps; null: a twelfth of the run
-    save_every: int | None = Field(None, ge=1)  # steps; null: a sixth of the run
+    save_every: int | None = Field(None, ge=1)  # steps; null: at every other measure; what is saved is measured
     log_every: int = Field(20, ge=1)  # steps
     launch: Launch = Launch()
 

@@ -89,7 +89,7 @@ def train_steps(
         lr = objective.schedule.lr(objective.peak_lr, number, objective.steps)
         applied = engine.step(lr)
         asked = totals.new_tensor([float(stop())])
-        everything = world.sum_(torch.cat([totals, asked, running.totals()]))
+        everything = world.sum_(torch.cat([totals, asked, running.totals().to(totals.device)]))
         running.merge(everything[4:] / objective.micro_per_step)
         seconds = time.perf_counter() - began
         yield Step(number + 1, lr, engine.grad_norm, seconds, data_seconds, applied, everything[:4])

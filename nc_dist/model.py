@@ -102,6 +102,20 @@ class Model(nn.Module):
         return Outputs(features, embedding, self.classifier(embedding) if self.classifier else None), found
 
 
+def check_input(spec: ModelSpec, input: InputSpec) -> int:
+    """Number of parameters of the model; InputError unless it takes images of the input's size. Allocates nothing."""
+    backbone = spec.backbone.model_copy(update={"weights": None})
+    try:
+        with torch.device("meta"):
+            model = Model(spec.model_copy(update={"backbone": backbone}), num_classes=0).eval()
+            model(torch.zeros(1, 3, input.size, input.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"input.size={input.size}: {spec.backbone.name} cannot be built or does not take such images ({error})"
+        ) from None
+    return sum(p.numel() for p in model.parameters())
+
+
 def add_padded(a: Tensor, b: Tensor) -> Tensor:
     """(B, m) + (B, n), the shorter one padded with zeros at its end."""
     width = max(a.shape[1], b.shape[1])

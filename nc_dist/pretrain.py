@@ -23,13 +23,14 @@ from nc_dist.errors import InputError, Preempted
 from nc_dist.loop import Objective, Step, every, train_steps
 from nc_dist.make_engine import make_engine
 from nc_dist.measure import classifier_of, measure_probe, observe
-from nc_dist.model import Model, export
+from nc_dist.model import Model, check_input, export
 from nc_dist.plan import training_plan
 from nc_dist.probe import fit
 from nc_dist.tracking import Tracker, flat_nc
 from nc_dist.world import World
 
-LIVE_POINTS, SAVES = 12, 6  # of a run, when no interval is given
+LIVE_POINTS = 12  # of a run when measure_every is not given
+NO_SCORE = -1.0
 SOURCE_PROBE_L2 = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -58,6 +59,7 @@ def check(run: PretrainRun, world_size: int) -> dict[str, Any]:
     """The plan of the run; InputError for all that can be wrong with its data, model and world size."""
     data = open_source_set(run)
     check_world(data.order.micro_per_step, world_size)
+    parameters = check_input(run.model, run.input)
     if run.data.test:
         test = open_source(run.data.test, "test")
         if test.class_names != data.source.class_names:
@@ -73,6 +75,7 @@ def check(run: PretrainRun, world_size: int) -> dict[str, Any]:
         steps=data.steps,
         world=world_size,
     )
+    plan["parameters without classifier"] = parameters
     plan["images read and decoded as a check"] = f"{seen} of {len(data.source.labels)}"
     if isinstance(run.engine, DeepSpeedSpec):
         plan["DeepSpeed"] = deepspeed_json(run.engine, run.batch.global_, run.batch.micro, world_size)
@@ -94,7 +97,9 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool]) -> dict[s
 
     # Where to begin: 1 this run's newest checkpoint, 2 weights that the backbone's spec names, 3 scratch.
     newest = world.broadcast(checkpoint.latest(out / "checkpoints") if world.rank == 0 else None)
-    state: dict[str, Any] = engine.load(newest) if newest else {"step": 0, "best": -1.0, "seconds": 0.0}
+    state: dict[str, Any] = engine.load(newest) if newest else {"step": 0, "best": NO_SCORE, "seconds": 0.0}
+    if state.get("data", data.source.identity()) != data.source.identity():
+        raise InputError(f"data.train={run.data.train!r}: not the data that {newest} was trained on; bring it back")
     start, best, earlier = state["step"], state["best"], state["seconds"]
 
     tracker = Tracker(out, world, start)
@@ -103,23 +108,23 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool]) -> dict[s
         run.loss, run.input, data.order.micro_per_step, run.seed, run.optim.lr, run.schedule, data.steps
     )
     measure_every = run.measure_every or max(1, data.steps // LIVE_POINTS)
-    save_every = run.save_every or max(1, data.steps // SAVES)
+    save_every = run.save_every or 2 * measure_every
     nc: dict[str, Any] = {}
     if start == 0:
         tracker.scalars(0, flat(measure_probes(run, data, engine, world)))
     for step in train_steps(engine, batches(run, data, world, start), objective, world, start, stop):
-        last = step.number == data.steps
+        last, score, asked = step.number == data.steps, NO_SCORE, False
+        save = every(save_every, step.number) or last
         if every(run.log_every, step.number) or last:
             tracker.scalars(step.number, progress(run, data, step), **about(data, step))
             asked = step.stop_requested() and not last
-        else:
-            asked = False
-        if every(measure_every, step.number) or last:
+        if every(measure_every, step.number) or save:
             nc = measure_probes(run, data, engine, world)
-            tracker.scalars(step.number, flat(nc))
-        if every(save_every, step.number) or last or asked:
             score = score_of(nc)
+            tracker.scalars(step.number, flat(nc))
+        if save or asked:
             state = {"step": step.number, "best": max(best, score), "seconds": earlier + time.time() - began}
+            state["data"] = data.source.identity()
             checkpoint.save(out / "checkpoints", engine, step.number, state, world, best=score > best)
             best = state["best"]
         if asked:
@@ -180,7 +185,7 @@ def score_of(nc: dict[str, Any]) -> float:
     """What chooses the best checkpoint: held-out accuracy, that of the nearest class centre without a classifier."""
     heldout = nc.get("heldout", {})
     score = heldout.get("acc1", heldout.get("before", {}).get("ncc_acc1"))
-    return -1.0 if score is None else float(score)
+    return NO_SCORE if score is None else float(score)
 
 
 def progress(run: PretrainRun, data: SourceSet, step: Step) -> dict[str, float]:

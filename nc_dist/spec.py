@@ -28,7 +28,9 @@ class Spec(BaseModel):
     Validation is lax on types on purpose: YAML 1.1 reads `1e-3` as a string, and lax mode mends it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True, allow_inf_nan=False
+    )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

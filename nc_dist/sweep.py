@@ -65,7 +65,8 @@ def trials(sweep: SweepRun, where: str) -> list[Trial]:
                 seen.add(data.train.identity())
                 check_samples(data.train, data.positions)
             weights = hash_file(export_folder(run.source) / "model.safetensors")
-            identity = spec_hash([run.model_dump(mode="json"), weights, data.train.identity(), data.test.identity()])
+            settings = run.model_dump(mode="json", exclude={"source"})  # its weights count, wherever they lie
+            identity = spec_hash([settings, weights, data.train.identity(), data.test.identity()])
         except InputError as error:
             faults.append(str(error))
             continue

@@ -71,6 +71,12 @@ def _open_catalogued(name: str, split: str) -> ArraySource:
         raise InputError(f"{name}:{split}: no such split; {name} has train and test")
     class_names, load = CATALOG[name]
     images, labels = load(split)
+    if len(images) != len(labels) or set(np.unique(labels)) != set(range(len(class_names))):
+        found = ", ".join(map(str, np.unique(labels)))
+        raise InputError(
+            f"{name}:{split}: {len(images)} images and {len(labels)} labels with the values {found}; expected are "
+            f"equally many, with every value of 0..{len(class_names) - 1}; fetch it again"
+        )
     return ArraySource(f"{name}:{split}", class_names, images, labels)
 
 

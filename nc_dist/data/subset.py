@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nc_dist.errors import InputError
+from nc_dist.identity import hash_text
 
 
 def per_class(
@@ -17,7 +18,7 @@ def per_class(
     among = np.arange(len(labels)) if among is None else np.asarray(among)
     if n is None:
         return np.sort(among)
-    key = int.from_bytes(purpose.encode()[:8], "little")
+    key = int(hash_text(purpose), 16)
     random = np.random.Generator(np.random.Philox(key=[seed, key]))
     shuffled = random.permutation(among)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]

@@ -13,6 +13,8 @@ from typing import Any
 from nc_dist.launch.ray_cluster import check_fits, cluster
 
 import ray.train
+import ray.train.torch
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -67,6 +69,10 @@ def _work(config: dict[str, Any]) -> None:
     """On each worker. A stop is no failure: the group ends quietly and the driver sees that there is no result."""
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])  # relative paths mean the same on driver and workers
+    if torch.cuda.is_available():
+        device = ray.train.torch.get_device()  # Ray lets the workers of a node see all of its GPUs
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # what DeepSpeed goes by
     spec = validate(JOURNEYS[config["name"]].spec, config["tree"], "run")
     try:
         run_journey(config["name"], spec)

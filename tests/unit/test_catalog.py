@@ -114,6 +114,22 @@ def test_a_damaged_file_of_fashion_mnist_is_named(fashion: Path, data: bytes, sa
         open_source("fashion_mnist")
 
 
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        (np.arange(19) % 10, "20 images and 19 labels"),
+        (np.arange(20) % 11, r"values 0, .*, 10; expected .* every value of 0..9"),
+        (np.arange(20) % 9, r"values 0, .*, 8; expected"),
+    ],
+)
+def test_labels_that_do_not_fit_the_images_or_the_classes_are_refused(
+    fashion: Path, labels: np.ndarray, said: str
+) -> None:
+    (fashion / "train-labels-idx1-ubyte.gz").write_bytes(idx(labels))
+    with pytest.raises(InputError, match=f"fashion_mnist:train: .*{said}"):
+        open_source("fashion_mnist")
+
+
 def test_a_missing_file_of_fashion_mnist_is_named(fashion: Path) -> None:
     (fashion / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(InputError, match="t10k-labels-idx1-ubyte.gz"):

@@ -72,14 +72,16 @@ def test_new_rows_are_shown_and_old_ones_are_not(
     assert all("nc1 7.5" in line for line in lines)
 
 
-def test_a_file_that_was_cut_back_is_read_from_its_beginning(tmp_path: Path) -> None:
+def test_after_a_file_was_cut_back_for_a_resume_only_new_rows_are_shown(tmp_path: Path) -> None:
     path = tmp_path / FILE
     write(path, *({**ROW, "step": step} for step in (1, 2, 3)))
     lines = console._lines(path)
     assert next(lines) is None
     write(path, {**ROW, "step": 1}, mode="w")
+    assert next(lines) is None  # the earlier attempt showed it
+    write(path, {**ROW, "step": 2})
     shown = next(lines)
-    assert shown is not None and shown[0].startswith("ep 1 [1/1251]") and next(lines) is None
+    assert shown is not None and shown[0].startswith("ep 1 [2/1251]") and next(lines) is None
 
 
 def test_half_a_row_waits_for_its_other_half(tmp_path: Path) -> None:

@@ -109,10 +109,17 @@ def test_without_a_classifier_there_is_no_accuracy() -> None:
     assert "train/acc1" not in step.metrics()
 
 
-def test_running_statistics_get_one_update_a_step() -> None:
-    trained = model()
-    list(run(trained, SupCon(), data(3, 4, views=2)))
-    assert {int(m.num_batches_tracked) for m in trained.modules() if isinstance(m, nn.BatchNorm2d)} == {3}
+def test_running_statistics_get_one_update_a_step_with_the_mean_over_its_micro_batches() -> None:
+    """For a coupled loss as well, whose embeddings take two forwards; the first layer shows it."""
+    trained, batches = model(classes=0), data(3, 4, views=2)
+    conv = copy.deepcopy(trained.backbone.net.conv1).double()
+    norms = [m for m in trained.modules() if isinstance(m, nn.BatchNorm2d)]
+    steps = run(trained, SupCon(), batches)
+    next(steps)
+    with torch.no_grad():
+        means = [conv(normalise(b.images, INPUT, torch.float64)).mean((0, 2, 3)) for b in batches[0]]
+    torch.testing.assert_close(norms[0].running_mean, 0.1 * torch.stack(means).mean(0))
+    assert len(list(steps)) == 2 and {int(m.num_batches_tracked) for m in norms} == {3}
 
 
 def test_random_layers_draw_from_seed_step_and_micro_batch_alone() -> None:

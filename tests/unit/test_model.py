@@ -237,10 +237,10 @@ def test_an_export_that_does_not_fit_itself_is_refused(tmp_path: Path, damage: s
 def test_published_weights_are_not_fetched_again_to_read_an_export(tmp_path: Path) -> None:
     """The description keeps their name; rebuilding the net does without them."""
     model = torchvision_model("resnet18")
-    weights = TorchvisionSpec(name="resnet18", weights="NOT_PUBLISHED")
+    weights = TorchvisionSpec(name="resnet18", weights="IMAGENET1K_V1")
     model.spec = model.spec.model_copy(update={"backbone": weights})
     export(model, tmp_path / "export", InputSpec(), [], {})
-    assert load_exported(tmp_path).config["model"]["backbone"]["weights"] == "NOT_PUBLISHED"
+    assert load_exported(tmp_path).config["model"]["backbone"]["weights"] == "IMAGENET1K_V1"
 
 
 def test_an_unknown_torchvision_name_lists_those_there_are() -> None:
