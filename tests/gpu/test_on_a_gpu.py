@@ -1,0 +1,48 @@
+"""What only a GPU can show: bf16, and the plain path on a device. Skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import SMALL, curve, read_json, run_command, said
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pretrain_on_the_gpu_learns_and_measures(tmp_path: Path, kind: str, precision: str) -> None:
+    settings = [f"out={tmp_path / 'run'}", f"engine.kind={kind}", f"engine.precision={precision}"]
+    command = [sys.executable, "-m", "nc_dist", "pretrain", str(SMALL), *settings, "--on", "here"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    done = run_command(command, timeout=180, CUDA_VISIBLE_DEVICES=visible)
+    assert done.returncode == 0, said(done)
+    result, losses = read_json(tmp_path / "run/result.json"), list(curve(tmp_path / "run").values())
+    assert result["device"] != "cpu" and result["nc1_source"] > 0
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_bf16_outputs_are_near_fp32_ones() -> None:
+    from nc_dist.backbones import SmallResNetSpec
+    from nc_dist.engine import TorchSpec
+    from nc_dist.engine_torch import TorchEngine
+    from nc_dist.model import Model, ModelSpec
+    from nc_dist.optim import SGD
+    from nc_dist.world import World
+
+    torch.manual_seed(0)
+    model = Model(ModelSpec(backbone=SmallResNetSpec(name="resnet8", width=16)), 10)
+    world, images = World(device=torch.device("cuda")), torch.randn(16, 3, 32, 32, device="cuda")
+    outputs = {}
+    for precision in ("fp32", "bf16"):
+        engine = TorchEngine(model, TorchSpec(precision=precision), SGD(), world)
+        outputs[precision] = engine.eval_forward(images).logits_BK
+    assert outputs["bf16"].dtype == torch.bfloat16 and outputs["fp32"].dtype == torch.float32
+    torch.testing.assert_close(outputs["bf16"].float(), outputs["fp32"], rtol=0.1, atol=0.1)
