@@ -5,7 +5,7 @@ Every key of a run is here or in the spec that the key names; a run file is comp
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from nc_dist.methods import MethodSpec
 from nc_dist.model import ModelSpec
 from nc_dist.optim import SGD, OptimSpec, Schedule
 from nc_dist.spec import Spec
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Launch(Spec):
@@ -39,7 +41,7 @@ class SourceData(Spec):
 
     train: str
     test: str | None = None  # reported at the end, never used to choose
-    holdout_per_class: int = Field(20, ge=0)  # cut from train, seeded: chooses checkpoints, held-out NC
+    holdout_per_class: int = Field(20, ge=0)  # cut from train, seeded: held-out NC, and what the link `best` goes by
     augment: AugmentSpec = CropFlip()
     lanes: int | None = Field(None, ge=1)  # null: as many as fit, see data/order.py
     window: int = Field(4, ge=1)  # shards that are shuffled together
@@ -50,9 +52,10 @@ class TargetData(Spec):
     """A downstream set; `shots` is the label budget per class, null for all."""
 
     train: str
+    name: str | None = None  # in tables; null: the catalogued name, or that of the folder, splits left out
     test: str | None = None  # null: the same name's test split
     shots: int | None = Field(None, ge=2)
-    subset_seed: int = Field(0, ge=0)  # apart from the run's seed and shared by all methods
+    subset_seed: Seed = 0  # apart from the run's seed and shared by all methods
     augment: AugmentSpec = NoAugment()
     workers: int = Field(0, ge=0)
 
@@ -62,13 +65,15 @@ class Probe(Spec):
 
     per_class: int | None = Field(50, ge=1)
     batch: int = Field(256, ge=1)
+    source_per_class: int | None = Field(200, ge=1)  # of train, for the source accuracy's linear probe; null: all
 
 
 class PretrainRun(Spec):
     """One source model."""
 
     out: str
-    seed: int = Field(0, ge=0)
+    variant: str | None = None  # in tables; null: the last part of out. Seeds of one variant are averaged
+    seed: Seed = 0
     data: SourceData
     input: InputSpec = InputSpec()
     model: ModelSpec
@@ -80,7 +85,7 @@ class PretrainRun(Spec):
     epochs: float = Field(gt=0)
     probe: Probe = Probe()
     measure_every: int | None = Field(None, ge=1)  # steps; null: a twelfth of the run
-    save_every: int | None = Field(None, ge=1)  # steps; null: at every other measure; what is saved is measured
+    save_every: int | None = Field(None, ge=1)  # steps; null: an epoch, at most every other measure
     log_every: int = Field(20, ge=1)  # steps
     launch: Launch = Launch()
 
@@ -89,7 +94,7 @@ class FinetuneRun(Spec):
     """One trial: a source model, a downstream set, a method."""
 
     out: str
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     source: str  # a finished pre-training run, or an exported model
     data: TargetData
     method: MethodSpec
@@ -99,6 +104,7 @@ class FinetuneRun(Spec):
     batch: BatchSpec = BatchSpec(global_=64, micro=64)
     epochs: float = Field(20, gt=0)
     probe: Probe = Probe()
+    save_every: int | None = Field(None, ge=1)  # steps; null: a sixth of the run
     log_every: int = Field(50, ge=1)
     launch: Launch = Launch()
 
@@ -107,7 +113,7 @@ class MeasureRun(Spec):
     """NC of an exported model on a data set."""
 
     out: str
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     model: str  # a finished run, or an exported model
     data: str
     split: Literal["train", "test"] = "train"  # of a catalogued set that names none
@@ -121,7 +127,7 @@ class TrialPlacement(Spec):
     """What one trial takes of the cluster, and how many may run at a time (null: as many as fit)."""
 
     cpus: float = Field(1, gt=0)
-    gpus: float = Field(0, ge=0)
+    gpus: float | None = Field(None, ge=0)  # null: 1 where the cluster has GPUs
     concurrent: int | None = Field(None, ge=1)
     retries: int = Field(1, ge=0)
 

@@ -35,7 +35,7 @@ class DeepSpeedSpec(Spec):
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32"] = "fp32"
     clip: float = Field(0.0, ge=0)
 
 
@@ -99,7 +99,7 @@ def deepspeed_json(spec: DeepSpeedSpec, global_batch: int, micro: int, world_siz
         "zero_optimization": {"stage": spec.zero},
         "zero_allow_untested_optimizer": True,  # torch's own optimisers
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": spec.precision == "bf16"},
+        "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,

@@ -39,11 +39,11 @@ class DeepSpeedEngine:
         logger.setLevel(logging.ERROR)  # its warnings are about settings that we chose
         _join_process_group(world)
         self.world = world
-        self.input_dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+        self.input_dtype = torch.float32
         trained = [p for p in model.to(world.device).parameters() if p.requires_grad]
         optimizer, config = optim.build(trained), deepspeed_json(spec, *batch, world.size)
         self._norm: Tensor | None = None
-        if spec.zero == 0 and spec.precision == "fp32":
+        if spec.zero == 0:
             # DeepSpeed would clip here without telling the norm: we do it in its place, on the reduced gradients.
             config["gradient_clipping"] = 0.0
             optimizer.register_step_pre_hook(lambda *_: self._clip(trained, spec.clip))

@@ -1,6 +1,14 @@
 """The three ways in which a journey ends early, and the exit code of each. Used everywhere, imports nothing."""
 
 DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED, TERMINATED = 0, 1, 2, 75, 130, 143
+STATES = {
+    DONE: "done",
+    FAILED: "failed",
+    BAD_INPUT: "bad_input",
+    PREEMPTED: "preempted",
+    INTERRUPTED: "interrupted",
+    TERMINATED: "terminated",
+}
 
 
 class InputError(ValueError):
@@ -8,11 +16,15 @@ class InputError(ValueError):
 
 
 class Preempted(Exception):
-    """Asked to stop: everything up to `step` is saved, the same command goes on from there."""
+    """Asked to stop: the same command goes on from `step`, up to which all is saved, or begins anew (0)."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped at step {step}, saved")
+        super().__init__(f"stopped at step {step}, saved" if step else "stopped, nothing was to be saved")
         self.step = step
+
+
+class Terminated(BaseException):
+    """SIGTERM where nothing can be saved half-way."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -23,4 +35,6 @@ def exit_code(error: BaseException) -> int:
         return PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, Terminated):
+        return TERMINATED
     return FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from nc_dist.data.order import Order, check_world, default_lanes
 from nc_dist.data.source import Source, check_samples
 from nc_dist.data.stream import eval_batches, kept_shard_sizes, train_steps_data
 from nc_dist.data.subset import per_class
-from nc_dist.engine import evaluating
+from nc_dist.engine import DeepSpeedSpec, evaluating
 from nc_dist.errors import InputError, Preempted
 from nc_dist.loop import Objective, every, train_steps
 from nc_dist.losses import CrossEntropy
@@ -31,6 +32,8 @@ from nc_dist.model import Exported, Model, export, load_exported
 from nc_dist.probe import fit
 from nc_dist.tracking import Tracker, flat_nc
 from nc_dist.world import World
+
+SAVES = 6  # of a run when save_every is not given
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def open_target_set(run: FinetuneRun) -> TargetSet:
     test = open_source(run.data.test or run.data.train.partition(":")[0], "test")
     if train.class_names != test.class_names:
         raise InputError(f"data.test={run.data.test!r}: its classes are not those of data.train={run.data.train!r}")
+    if train.identity() == test.identity():
+        raise InputError(f"data.test: the very samples of data.train={run.data.train!r}; name another split")
+    smallest = int(np.bincount(train.labels).min())
+    if run.data.shots is not None and run.data.shots > smallest:
+        raise InputError(f"data.shots={run.data.shots}: {run.data.train!r} has a class of {smallest} samples")
     positions = per_class(train.labels, run.data.shots, run.data.subset_seed, purpose="shots")
     return TargetSet(train, positions, test)
 
@@ -110,6 +118,7 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[s
         details = {"variant": result["variant"], "method": run.method.kind, "source": str(run.source)}
         export(model, out / "export", exported.input, data.train.class_names, details)
         tracker.hparams(result, result)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the export holds what is worth keeping
     tracker.close()
     return result
 
@@ -124,7 +133,7 @@ def measure_splits(run: FinetuneRun, data: TargetSet, model: Model, input: Input
             name: measure_probe(
                 lambda x: model.observe(x, ()),
                 model,
-                eval_batches(source, positions, input, run.probe.batch, world),
+                eval_batches(source, positions, input, run.probe.batch, world, run.data.workers),
                 input,
                 dtype,
                 world,
@@ -139,7 +148,7 @@ def fit_classifier(run: FinetuneRun, data: TargetSet, model: Model, input: Input
     """Fit the classifier on frozen features and put it into the model; what was chosen."""
     assert isinstance(run.method, LinearProbe) and model.classifier is not None
     with evaluating(model):
-        loaded = eval_batches(data.train, data.positions, input, run.probe.batch, world)
+        loaded = eval_batches(data.train, data.positions, input, run.probe.batch, world, run.data.workers)
         seen = observe(lambda x: model.observe(x, ()), loaded, input, torch.float32)
     parts = world.gather_objects((seen.features["after"].cpu(), seen.labels.cpu()))
     features, labels = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
@@ -166,6 +175,7 @@ def train_method(
     engine = make_engine(model, run.engine, run.optim, (order.global_batch, order.micro), world)
     folder = Path(run.out) / "checkpoints"
     start = engine.load(newest)["step"] if newest else 0
+    save_every = run.save_every or max(1, steps // SAVES)
     loss = CrossEntropy()
     objective = Objective(loss, input, order.micro_per_step, run.seed, run.optim.lr, run.schedule, steps)
     loaded = train_steps_data(
@@ -180,14 +190,16 @@ def train_method(
         workers=run.data.workers,
     )
     for step in train_steps(engine, loaded, objective, world, start, stop, train_mode):
-        if every(run.log_every, step.number) or step.number == steps:
+        last, asked = step.number == steps, step.stop_requested()
+        if every(run.log_every, step.number) or last:
             shown = {"steps": steps, "steps_per_epoch": order.steps_per_epoch, "time": time.time()}
             speed = {"perf/images_per_second": order.global_batch / step.seconds}
             tracker.scalars(step.number, {**step.metrics(), **speed}, **shown)
-            if step.stop_requested() and step.number < steps:
-                checkpoint.save(folder, engine, step.number, {"step": step.number}, world)
-                tracker.close()
-                raise Preempted(step.number)
+        if (every(save_every, step.number) or asked) and not last:
+            checkpoint.save(folder, engine, step.number, {"step": step.number}, world)
+        if asked and not last:
+            tracker.close()
+            raise Preempted(step.number)
 
 
 def target_order(run: FinetuneRun, data: TargetSet) -> Order:
@@ -198,21 +210,28 @@ def target_order(run: FinetuneRun, data: TargetSet) -> Order:
 
 
 def target_steps(run: FinetuneRun, order: Order) -> int:
-    """Optimiser steps of the whole run; the linear probe's solver takes none."""
-    return 0 if isinstance(run.method, LinearProbe) else max(1, round(run.epochs * order.steps_per_epoch))
+    """Optimiser steps of the whole run."""
+    return max(1, round(run.epochs * order.steps_per_epoch))
+
+
+def dataset_name(run: FinetuneRun) -> str:
+    """What the downstream set is called: `pets` for pets:train as for /data/pets/train."""
+    path = Path(run.data.train.partition(":")[0] or run.data.train)
+    return run.data.name or (path.parent.name if path.name in ("train", "training", "trainval") else path.name)
 
 
 def check(run: FinetuneRun, world_size: int) -> dict[str, Any]:
     """The plan of the run; InputError for all that can be wrong with source, data, method and world size."""
     data, model = check_target(run)
-    order = target_order(run, data)
-    check_world(order.micro_per_step, world_size)
+    if not isinstance(run.method, LinearProbe):
+        check_world(target_order(run, data).micro_per_step, world_size)
     seen = check_samples(data.train, data.positions)
+    check_samples(data.test, range(len(data.test.labels)))
     trained, total = trainable(model)
     return {
         "training samples": len(data.positions),
         "test samples": len(data.test.labels),
-        "steps": target_steps(run, order),
+        "steps": "L-BFGS" if isinstance(run.method, LinearProbe) else target_steps(run, target_order(run, data)),
         "trained parameters": f"{trained} of {total} ({100 * trained / total:.2f} %)",
         "images read and decoded as a check": f"{seen} of {len(data.positions)}",
     }
@@ -222,7 +241,10 @@ def check_target(run: FinetuneRun) -> tuple[TargetSet, Model]:
     """Source, data and method of a trial, as they would be used; InputError for what does not fit."""
     data = open_target_set(run)
     model = run.method.apply(load_exported(run.source).model, data.num_classes, run.seed)
-    target_order(run, data)
+    if not isinstance(run.method, LinearProbe):
+        target_order(run, data)
+    if isinstance(run.engine, DeepSpeedSpec) and run.engine.zero == 3:
+        raise InputError("engine.zero=3: fine-tuning takes stages 0, 1 and 2; a trial's model fits one device")
     return data, model
 
 
@@ -231,7 +253,7 @@ def ledger_names(run: FinetuneRun, exported: Exported) -> dict[str, Any]:
     return {
         "journey": "finetune",
         "variant": exported.config.get("variant", exported.folder.parent.name),
-        "dataset": Path(run.data.train).name,
+        "dataset": dataset_name(run),
         "method": run.method.kind,
         "seed": run.seed,
         "shots": run.data.shots,
@@ -239,5 +261,6 @@ def ledger_names(run: FinetuneRun, exported: Exported) -> dict[str, Any]:
         "lr": run.optim.lr,
         "weight_decay": run.optim.weight_decay,
         "epochs": run.epochs,
+        "method_settings": run.method.model_dump(mode="json"),
         "trial": Path(run.out).name,
     }

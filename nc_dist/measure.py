@@ -158,7 +158,7 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
     classes = len(source.class_names)
     names = check_blocks(model, run.blocks)
     positions = per_class(source.labels, run.per_class, run.seed)
-    batches = until(stop, eval_batches(source, positions, exported.input, run.batch, world))
+    batches = until(stop, eval_batches(source, positions, exported.input, run.batch, world), world)
     fits = model.num_classes == classes
     classifier = classifier_of(model) if fits else None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -190,10 +190,10 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
     return result
 
 
-def until(stop: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, until this process is asked to stop: then Preempted, as nothing is saved half-way."""
+def until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """The batches, until any rank is asked to stop: then Preempted on all of them."""
     for batch in batches:
-        if stop():
+        if world.sum_(torch.tensor(float(stop()), device=world.device)):
             raise Preempted(0)
         yield batch
 

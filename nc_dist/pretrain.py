@@ -43,6 +43,7 @@ class SourceSet:
     heldout: np.ndarray
     order: Order
     steps: int  # of the whole run
+    identity: str  # of the source
 
 
 def open_source_set(run: PretrainRun) -> SourceSet:
@@ -52,7 +53,8 @@ def open_source_set(run: PretrainRun) -> SourceSet:
     lanes = run.data.lanes or default_lanes(run.batch.global_, run.batch.micro)
     sizes = kept_shard_sizes(source, train)
     order = Order(sizes, run.seed, run.batch.global_, run.batch.micro, lanes, run.data.window)
-    return SourceSet(source, train, heldout, order, max(1, round(run.epochs * order.steps_per_epoch)))
+    steps = max(1, round(run.epochs * order.steps_per_epoch))
+    return SourceSet(source, train, heldout, order, steps, source.identity())
 
 
 def check(run: PretrainRun, world_size: int) -> dict[str, Any]:
@@ -64,6 +66,8 @@ def check(run: PretrainRun, world_size: int) -> dict[str, Any]:
         test = open_source(run.data.test, "test")
         if test.class_names != data.source.class_names:
             raise InputError(f"data.test={run.data.test!r}: its classes are not those of data.train={run.data.train!r}")
+        if test.identity() == data.identity:
+            raise InputError(f"data.test={run.data.test!r}: the very samples of data.train; name another split")
         check_samples(test, range(len(test.labels)))
     seen = check_samples(data.source, np.concatenate([data.train, data.heldout]))
     plan = training_plan(
@@ -98,7 +102,7 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool]) -> dict[s
     # Where to begin: 1 this run's newest checkpoint, 2 weights that the backbone's spec names, 3 scratch.
     newest = world.broadcast(checkpoint.latest(out / "checkpoints") if world.rank == 0 else None)
     state: dict[str, Any] = engine.load(newest) if newest else {"step": 0, "best": NO_SCORE, "seconds": 0.0}
-    if state.get("data", data.source.identity()) != data.source.identity():
+    if state.get("data", data.identity) != data.identity:
         raise InputError(f"data.train={run.data.train!r}: not the data that {newest} was trained on; bring it back")
     start, best, earlier = state["step"], state["best"], state["seconds"]
 
@@ -108,23 +112,23 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool]) -> dict[s
         run.loss, run.input, data.order.micro_per_step, run.seed, run.optim.lr, run.schedule, data.steps
     )
     measure_every = run.measure_every or max(1, data.steps // LIVE_POINTS)
-    save_every = run.save_every or 2 * measure_every
+    save_every = run.save_every or min(2 * measure_every, data.order.steps_per_epoch)
     nc: dict[str, Any] = {}
     if start == 0:
         tracker.scalars(0, flat(measure_probes(run, data, engine, world)))
     for step in train_steps(engine, batches(run, data, world, start), objective, world, start, stop):
-        last, score, asked = step.number == data.steps, NO_SCORE, False
+        last, score = step.number == data.steps, NO_SCORE
+        asked = step.stop_requested() and not last
         save = every(save_every, step.number) or last
         if every(run.log_every, step.number) or last:
             tracker.scalars(step.number, progress(run, data, step), **about(data, step))
-            asked = step.stop_requested() and not last
         if every(measure_every, step.number) or save:
             nc = measure_probes(run, data, engine, world)
             score = score_of(nc)
             tracker.scalars(step.number, flat(nc))
         if save or asked:
             state = {"step": step.number, "best": max(best, score), "seconds": earlier + time.time() - began}
-            state["data"] = data.source.identity()
+            state["data"] = data.identity
             checkpoint.save(out / "checkpoints", engine, step.number, state, world, best=score > best)
             best = state["best"]
         if asked:
@@ -166,7 +170,7 @@ def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: Wor
             found[name] = measure_probe(
                 lambda x: (engine.eval_forward(x), {}),
                 engine.module,
-                eval_batches(data.source, chosen, run.input, run.probe.batch, world),
+                eval_batches(data.source, chosen, run.input, run.probe.batch, world, run.data.workers),
                 run.input,
                 engine.input_dtype,
                 world,
@@ -207,12 +211,12 @@ def about(data: SourceSet, step: Step) -> dict[str, Any]:
 
 def finish(run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: dict[str, Any]) -> dict[str, Any]:
     """Export the model, find the source accuracy, put the result together."""
-    variant = Path(run.out).name
+    variant = run.variant or Path(run.out).name
     named = {f"{probe}_{place}": values for probe, places in nc.items() for place, values in places.items()}
     nc1_source = nc["train"]["before"]["nc1"]
     with engine.gathered() as model:
         if world.rank == 0:
-            details = {"variant": variant, "nc1_source": nc1_source, "data": data.source.identity()}
+            details = {"variant": variant, "nc1_source": nc1_source, "data": data.identity}
             export(model, Path(run.out) / "export", run.input, data.source.class_names, details)
     world.barrier()
     accuracy = source_accuracy(run, data, engine, world) if run.data.test else {}
@@ -236,15 +240,13 @@ def source_accuracy(run: PretrainRun, data: SourceSet, engine: Engine, world: Wo
     """Linear-probe and nearest-class-centre accuracy on the source's test set (protocol: the same for all losses)."""
     assert run.data.test is not None
     test = open_source(run.data.test, "test")
+    kept = np.sort(np.concatenate([data.train, data.heldout]))
+    chosen = per_class(data.source.labels, run.probe.source_per_class, run.seed, kept, purpose="source accuracy")
     parts = []
-    for source, positions in (
-        (data.source, np.sort(np.concatenate([data.train, data.heldout]))),
-        (test, None),
-    ):
-        chosen = np.arange(len(source.labels)) if positions is None else positions
-        loaded = eval_batches(source, chosen, run.input, run.probe.batch, world)
+    for source, positions in ((data.source, chosen), (test, np.arange(len(test.labels)))):
+        loaded = eval_batches(source, positions, run.input, run.probe.batch, world, run.data.workers)
         seen = observe(lambda x: (engine.eval_forward(x), {}), loaded, run.input, engine.input_dtype)
-        parts.append(world.gather_objects((seen.features["before"].cpu(), seen.labels.cpu())))
+        parts.append(world.collect((seen.features["before"].cpu(), seen.labels.cpu())))
     if world.rank != 0:
         return {}
     (train_x, train_y), (test_x, test_y) = (
@@ -262,7 +264,7 @@ def source_accuracy(run: PretrainRun, data: SourceSet, engine: Engine, world: Wo
 def hparams(run: PretrainRun) -> dict[str, Any]:
     """The settings by which runs are told apart."""
     return {
-        "variant": Path(run.out).name,
+        "variant": run.variant or Path(run.out).name,
         "dataset": run.data.train,
         "loss": run.loss.kind,
         "head": run.model.head.kind,

@@ -6,6 +6,7 @@ Reading is pure: a finished run is a `result.json`, an unfinished one only a `st
 import csv
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ JSONL = [*KEYS, "nc1_source", "nc1_downstream", "trainable_percent", "seconds"]
 NC1 = ["nc1_train_before", "nc1_train_after", "nc1_test_before", "nc1_test_after"]
 COLUMNS = [*JSONL, *NC1, "trainable_parameters", "train_samples", "test_samples", "started", "ended"]
 FILES = {"html": "report.html", "markdown": "report.md", "csv": "results.csv", "jsonl": "results.jsonl"}
+
+ASIDE = re.compile(r"\.\d{8}-\d{6}(-\d+)?$")  # how run_folder.prepare names a folder that it moves aside
 
 NAMES = {"pretrain": ("variant",), "finetune": ("variant", "dataset", "method")}
 KEPT = {"pretrain": "nc1_source", "finetune": "nc1_train_before"}  # the NC1 that is nc.train_before.nc1
@@ -55,6 +58,9 @@ def collect(folder: Path) -> Ledger:
     problems: list[Problem] = []
     for path in paths:
         where = str(path.relative_to(folder))
+        if (left_out := _left_out(path, folder)) is not None:
+            problems += [Problem("not shown", where, left_out)] * (path.name == "result.json")
+            continue
         try:
             row = _read(path)
             if path.name == "status.json":
@@ -68,6 +74,17 @@ def collect(folder: Path) -> Ledger:
     runs["pretrain"].sort(key=lambda row: (row["variant"], str(row.get("seed"))))
     runs["finetune"].sort(key=_trial_order)
     return Ledger(runs["pretrain"], runs["finetune"], problems)
+
+
+def _left_out(path: Path, folder: Path) -> str | None:
+    """Why a run is no part of the report: --fresh moved it aside, or its sweep has other trials by now."""
+    if any(ASIDE.search(part) for part in path.relative_to(folder).parts[:-1]):
+        return "moved aside by --fresh"
+    trial = path.parent
+    sweep = trial.parent.parent / "sweep.json"
+    if trial.parent.name == "trials" and sweep.is_file() and trial.name not in json.loads(sweep.read_text())["trials"]:
+        return "no trial of its sweep any more: source or data have changed"
+    return None
 
 
 def write_report(folder: Path, out: Path) -> dict[str, str | int]:

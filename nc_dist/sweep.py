@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nc_dist.config import FinetuneRun, SweepRun
+from nc_dist.config import FinetuneRun, Launch, SweepRun
 from nc_dist.data.source import check_samples
-from nc_dist.errors import InputError
-from nc_dist.finetune import check_target
+from nc_dist.errors import InputError, Preempted
+from nc_dist.finetune import check_target, dataset_name
 from nc_dist.identity import hash_file, spec_hash
 from nc_dist.model import export_folder
 from nc_dist.run_folder import result_of
@@ -56,23 +55,26 @@ def trials(sweep: SweepRun, where: str) -> list[Trial]:
 
     A trial's id hashes its spec, its source's weights and its data, so a retrained source makes other trials.
     """
+    if "out" in sweep.base:
+        raise InputError(f"{where}: base.out={sweep.base['out']!r}: each trial has its own folder below out; drop it")
     found, faults, seen = [], [], set[str]()
     for tree in expand(sweep):
         try:
-            run = validate(FinetuneRun, {**tree, "out": "-"}, where)
+            run = validate(FinetuneRun, {**tree, "out": "-"}, f"{where}: base and grid")
             data, _ = check_target(run)
-            if data.train.identity() not in seen:
-                seen.add(data.train.identity())
-                check_samples(data.train, data.positions)
+            for source, positions in ((data.train, data.positions), (data.test, range(len(data.test.labels)))):
+                if source.identity() not in seen:
+                    seen.add(source.identity())
+                    check_samples(source, positions)
             weights = hash_file(export_folder(run.source) / "model.safetensors")
             settings = run.model_dump(mode="json", exclude={"source"})  # its weights count, wherever they lie
             identity = spec_hash([settings, weights, data.train.identity(), data.test.identity()])
         except InputError as error:
             faults.append(str(error))
             continue
-        dataset = Path(run.data.train).name.replace(":", "_")
-        id = f"{Path(run.source).name}-{dataset}-{run.method.kind}-s{run.seed}-{identity[:8]}"
-        found.append(Trial(id, run.model_copy(update={"out": str(Path(sweep.out) / "trials" / id)})))
+        id = f"{Path(run.source).name}-{dataset_name(run)}-{run.method.kind}-s{run.seed}-{identity[:8]}"
+        placed = {"out": str(Path(sweep.out) / "trials" / id), "launch": Launch(cpus=sweep.launch.cpus)}
+        found.append(Trial(id, run.model_copy(update=placed)))
     if faults:
         raise InputError("\n".join(dict.fromkeys(faults)))
     ids = [trial.id for trial in found]
@@ -83,15 +85,21 @@ def trials(sweep: SweepRun, where: str) -> list[Trial]:
 
 
 def run_here(todo: Sequence[Trial], retries: int, run: Callable[[FinetuneRun], Any]) -> None:
-    """One trial after another in this process; a failed one is tried again, then left behind as failed."""
+    """One trial after another in this process; a failed one is tried again, then left behind as failed.
+
+    Preempted passes through. What went wrong stands in the trial's folder.
+    """
     for trial in todo:
-        for attempt in range(retries + 1):
+        for _ in range(retries + 1):
             try:
                 run(trial.run)
                 break
-            except Exception:
-                if attempt < retries:
-                    time.sleep(1)
+            except Preempted:
+                raise
+            except InputError:
+                break  # the same input would fail again
+            except Exception as error:
+                print(f"{trial.id}: {type(error).__name__}: {error}", flush=True)
 
 
 def unfinished(all_trials: Sequence[Trial]) -> list[Trial]:

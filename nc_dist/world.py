@@ -60,6 +60,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's picklable value in rank order on rank 0, an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None)
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

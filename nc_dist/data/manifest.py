@@ -84,9 +84,11 @@ def load(folder: Path) -> Manifest:
             raise InputError(f"{path}: version {tree['version']}, expected {VERSION}; build the shards again")
         shards = [Shard(**{name: shard[name] for name in Shard.__dataclass_fields__}) for shard in tree["shards"]]
         manifest = Manifest(tree["class_names"], shards)
+        faults = [*_shard_faults(manifest, folder), *_label_faults(manifest)]
+        if not faults and tree["identity"] != manifest.identity():
+            faults = ["its identity is not that of its contents: it was changed by hand"]
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no readable manifest ({error!r}); make one with: nc-dist shards build") from None
-    faults = [*_shard_faults(manifest, folder), *_label_faults(manifest)]
     if faults:
         raise InputError("\n  ".join([f"{path}: does not match its shards, {len(faults)} faults", *faults[:20]]))
     return manifest

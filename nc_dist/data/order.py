@@ -130,8 +130,9 @@ def check_world(num_micro: int, world: int) -> None:
 def eval_steps(positions: Sequence[int] | np.ndarray, batch: int, rank: int, world: int) -> list[np.ndarray]:
     """This rank's part of an evaluation, in batches: every position on exactly one rank, equal counts of batches.
 
+    Ranks have neighbouring parts, so what they find, put together by rank, is in the order of `positions`.
     Ranks that have fewer get empty batches at the end: a forward under ZeRO-3 is collective, so all must enter it.
     """
     rounds = -(-len(positions) // (batch * world))
-    mine = np.asarray(positions, dtype=np.int64)[rank::world]
+    mine = np.array_split(np.asarray(positions, dtype=np.int64), world)[rank]
     return [mine[i * batch : (i + 1) * batch] for i in range(rounds)]

@@ -24,11 +24,12 @@ from nc_dist.sweep import Trial
 def run(todo: Sequence[Trial], launch: TrialPlacement, out: Path) -> None:
     """Run the trials; what became of each lies in its folder."""
     with cluster() as resources:
-        check_fits(resources, launch.cpus, launch.gpus, "launch.cpus")
+        gpus = launch.gpus if launch.gpus is not None else float(resources.get("GPU", 0) > 0)
+        check_fits(resources, launch.cpus, gpus, "launch.cpus")
         trees = {trial.id: trial.run.model_dump(mode="json", by_alias=True) for trial in todo}
         trainable = tune.with_resources(
             tune.with_parameters(_work, trees=trees, cwd=os.getcwd()),
-            {"cpu": launch.cpus, "gpu": launch.gpus},
+            {"cpu": launch.cpus, "gpu": gpus},
         )
         tune.Tuner(
             trainable,

@@ -18,6 +18,7 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from nc_dist.checkpoint import latest, step_of
 from nc_dist.errors import InputError, Preempted
 from nc_dist.launch.worker import JOURNEYS, run_journey, stopping_on_sigterm
 from nc_dist.run_folder import STOP, result_of
@@ -61,7 +62,7 @@ def fit(name: str, spec: Spec) -> dict[str, Any]:
             raise _reason(error) from error
     result = result_of(out)
     if result is None:
-        raise Preempted(-1)
+        raise Preempted(step_of(latest(out / "checkpoints")))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -12,15 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 from nc_dist import console, plan, sweep
 from nc_dist.config import SweepRun
-from nc_dist.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, InputError, Preempted, exit_code
-from nc_dist.launch.worker import JOURNEYS, run_journey, run_trial, stopping_on_sigterm
+from nc_dist.errors import DONE, STATES, InputError, Preempted, Terminated, exit_code
+from nc_dist.launch.worker import JOURNEYS, ending_on_sigterm, run_journey, run_trial, stopping_on_sigterm
 from nc_dist.report import write_report
-from nc_dist.run_folder import STOP, check_same, prepare, result_of, write_result, write_status
+from nc_dist.run_folder import STOP, check_same, prepare, result_of, write_result, write_status, write_whole
 from nc_dist.spec import Spec, load
 
 On = Literal["auto", "here", "ray"]
 Where = Literal["here", "ray"]
-STATES = {FAILED: "failed", BAD_INPUT: "bad_input", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 
 
 class Work(NamedTuple):
@@ -54,7 +54,7 @@ def start(journey: str, file: Path, overrides: list[str], on: On, dry_run: bool,
         work.run()
         _status(out, "done", DONE)
         return DONE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Terminated) as error:
         return _ended(error, out)
 
 
@@ -109,18 +109,23 @@ def _journey(name: str, spec: Any, where: Where) -> Work:
 
 def _sweep(spec: SweepRun, file: Path, where: Where) -> Work:
     """All trials that have no result yet, here one after another or through Ray Tune; then the table."""
+    if "RANK" in os.environ:
+        raise InputError("a sweep is started by one process, not by torchrun; use --on ray for many trials at a time")
     out, trials = Path(spec.out), sweep.trials(spec, str(file))
-    todo = sweep.unfinished(trials)
 
     def run() -> None:
+        todo = sweep.unfinished(trials)
+        write_whole(out / "sweep.json", json.dumps({"trials": [trial.id for trial in trials]}))
         _say(f"{len(trials)} trials, {len(trials) - len(todo)} of them finished already")
         with console.following_trials([trial.out for trial in todo]):
             if todo and where == "ray":
                 from nc_dist.launch import ray_sweep
 
-                ray_sweep.run(todo, spec.launch, out)
+                with ending_on_sigterm():
+                    ray_sweep.run(todo, spec.launch, out)
             else:
-                sweep.run_here(todo, spec.launch.retries, run_trial)
+                with stopping_on_sigterm():
+                    sweep.run_here(todo, spec.launch.retries, run_trial)
         failed = sweep.unfinished(trials)
         if len(failed) < len(trials):
             write_report(out, out)
@@ -141,8 +146,8 @@ def _ended(error: BaseException, out: Path | None) -> int:
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, Preempted):
         print(f"{error}; go on with the same command:\n  {resume}", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt | Terminated):
+        print(f"{STATES[code]}; the same command goes on from the last checkpoint", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"failed: {error}", file=sys.stderr)

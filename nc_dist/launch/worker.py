@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from nc_dist import finetune, measure, pretrain
 from nc_dist.config import FinetuneRun, MeasureRun, PretrainRun
-from nc_dist.errors import exit_code
+from nc_dist.errors import STATES, Terminated, exit_code
 from nc_dist.run_folder import STOP, prepare, result_of, write_result, write_status
 from nc_dist.spec import Spec
 from nc_dist.world import World, joined_world
@@ -64,7 +65,9 @@ def run_trial(run: FinetuneRun) -> dict[str, Any]:
     try:
         result = run_journey("finetune", run)
     except BaseException as error:
-        write_status(out, "failed", exit_code(error), f"{type(error).__name__}: {error}")
+        code = exit_code(error)
+        write_status(out, STATES[code], code, f"{type(error).__name__}: {error}")
+        (out / "error.txt").write_text(traceback.format_exc())
         raise
     write_status(out, "done", 0)
     return result
@@ -90,3 +93,17 @@ def stopping_on_sigterm(also: Callable[[], object] = lambda: None) -> Iterator[N
         _stop_asked.clear()
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises Terminated, so that what was begun is ended in order."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    old = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from processes import run_ranks
 
-from nc_dist.data.augment import InputSpec
+from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.stream import Batch
 from nc_dist.engine import TorchSpec
 from nc_dist.engine_torch import TorchEngine
@@ -29,15 +30,6 @@ def gathered_gradient(world: World) -> tuple[torch.Tensor, torch.Tensor]:
     rows = world.gather(mine)
     (rows.square().sum() * (world.rank + 1)).backward()
     return rows.detach(), mine.grad
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_gather_returns_all_rows_and_sums_their_gradients(size: int) -> None:
-    everything = torch.cat([torch.arange(6, dtype=torch.float64).view(3, 2) + 10 * r for r in range(size)])
-    weight = size * (size + 1) / 2  # every rank used every row, rank r with weight r + 1
-    for rank, (rows, gradient) in enumerate(run_ranks(gathered_gradient, size)):
-        assert torch.equal(rows, everything)
-        assert torch.equal(gradient, 2 * weight * everything[3 * rank : 3 * rank + 3])
 
 
 def micro_batches(views: int) -> list[list[Batch]]:
@@ -84,15 +76,33 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             torch.testing.assert_close(found[part][name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("loss", "size", "micros"),
-    [(CrossEntropy(), 2, 2), (CrossEntropy(), 2, 4), (SupCon(), 2, 2), (SupCon(), 2, 4), (SupCon(), 4, 4)],
-    ids=str,
-)
-def test_loss_gradients_weights_and_batch_norm_do_not_know_the_world_size(loss: Any, size: int, micros: int) -> None:
-    expected = trained(World(), loss, micros)
-    found = run_ranks(trained, size, loss, micros)
-    assert_same(found[0], expected)
+CASES = {f"{loss.kind}, {micros} micro-batches": (loss, micros) for loss in (CrossEntropy(), SupCon()) for micros in (2, 4)}
+
+
+def each_case(world: World) -> dict[str, Any]:
+    found = {name: trained(world, *case) for name, case in CASES.items() if case[1] % world.size == 0}
+    return {"gather": gathered_gradient(world), **found}
+
+
+@lru_cache
+def over_ranks(size: int) -> list[Any]:
+    return run_ranks(each_case, size)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gather_returns_all_rows_and_sums_their_gradients(size: int) -> None:
+    everything = torch.cat([torch.arange(6, dtype=torch.float64).view(3, 2) + 10 * r for r in range(size)])
+    weight = size * (size + 1) / 2  # every rank used every row, rank r with weight r + 1
+    for rank, found in enumerate(over_ranks(size)):
+        rows, gradient = found["gather"]
+        assert torch.equal(rows, everything)
+        assert torch.equal(gradient, 2 * weight * everything[3 * rank : 3 * rank + 3])
+
+
+@pytest.mark.parametrize(("case", "size"), [*((case, 2) for case in CASES), *((c, 4) for c in CASES if "4" in c)])
+def test_loss_gradients_weights_and_batch_norm_do_not_know_the_world_size(case: str, size: int) -> None:
+    found = [rank[case] for rank in over_ranks(size)]
+    assert_same(found[0], trained(World(), *CASES[case]))
     for other in found[1:]:
         for name, value in found[0]["state"].items():
             assert torch.equal(value, other["state"][name]), f"{name} differs by rank"
@@ -104,8 +114,6 @@ def test_supcon_of_micro_batches_is_that_of_the_whole_batch() -> None:
     torch.manual_seed(0)
     spec = {"backbone": {"kind": "small_resnet", "name": "resnet8", "width": 4}, "head": {"kind": "mlp", "output": 16}}
     model = Model(ModelSpec.model_validate(spec), 0).double()
-    from nc_dist.data.augment import normalise
-
     first = micro_batches(2)[0][:2]
     images = [normalise(batch.images, InputSpec(size=SIZE), torch.float64) for batch in first]
     embeddings = torch.cat([model(x).embedding_BE for x in images])

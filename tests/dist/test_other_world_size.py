@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 from processes import FP64, SMALL, curve, relative, run_ranks
 
 from nc_dist.config import PretrainRun
@@ -26,6 +27,7 @@ def go_on(world: World, out: Path, until: int) -> Any:
         return stopped.step
 
 
+@pytest.mark.slow
 def test_four_ranks_then_two_one_and_two_give_the_curve_of_one_process(
     one_process: dict[str, Path], tmp_path: Path
 ) -> None:

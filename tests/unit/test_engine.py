@@ -31,7 +31,7 @@ def weights(of: TorchEngine) -> list[torch.Tensor]:
 
 
 def test_the_deepspeed_configuration_says_everything_that_deepspeed_would_assume() -> None:
-    spec = DeepSpeedSpec(zero=1, precision="bf16")
+    spec = DeepSpeedSpec(zero=1)
     written = deepspeed_json(spec, global_batch=96, micro=8, world_size=3)
     assert written["gradient_clipping"] == 0.0  # absent would mean 1.0
     batch = [
@@ -40,7 +40,7 @@ def test_the_deepspeed_configuration_says_everything_that_deepspeed_would_assume
     ]
     assert batch == [96, 8, 4]
     assert written["zero_optimization"]["stage"] == 1
-    assert (written["bf16"]["enabled"], written["fp16"]["enabled"]) == (True, False)
+    assert (written["bf16"]["enabled"], written["fp16"]["enabled"]) == (False, False)
     assert deepspeed_json(DeepSpeedSpec(clip=2.5), 8, 8, 1)["gradient_clipping"] == 2.5
 
 
