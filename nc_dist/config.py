@@ -72,7 +72,6 @@ class PretrainRun(Spec):
     """One source model."""
 
     out: str
-    variant: str | None = None  # in tables; null: the last part of out. Seeds of one variant are averaged
     seed: Seed = 0
     data: SourceData
     input: InputSpec = InputSpec()
@@ -87,6 +86,7 @@ class PretrainRun(Spec):
     measure_every: int | None = Field(None, ge=1)  # steps; null: a twelfth of the run
     save_every: int | None = Field(None, ge=1)  # steps; null: an epoch, at most every other measure
     log_every: int = Field(20, ge=1)  # steps
+    variant: str | None = None  # in tables; null: the last part of out. Seeds of one variant are averaged
     launch: Launch = Launch()
 
 

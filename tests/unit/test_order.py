@@ -163,3 +163,9 @@ def test_evaluation_has_each_position_on_one_rank_and_equal_counts_of_batches(n:
     assert sorted(int(p) for rank in ranks for part in rank for p in part) == positions.tolist()
     assert len({len(rank) for rank in ranks}) == 1
     assert all(len(part) <= batch for rank in ranks for part in rank)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_an_evaluation_put_together_by_rank_is_in_the_order_of_one_process(world: int) -> None:
+    parts = [np.concatenate(eval_steps(np.arange(23), 4, rank, world)) for rank in range(world)]
+    assert np.concatenate(parts).tolist() == list(range(23))

@@ -263,3 +263,14 @@ def test_the_page_fits_a_phone_and_loads_nothing(report: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert [url for url in requests if not url.startswith("data:")] == [address]
         browser.close()
+
+
+def test_runs_that_were_moved_aside_or_replaced_are_named_and_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "ce/result.json", source("ce", 0.5))
+    write(tmp_path / "ce.20260101-120000/result.json", source("ce", 0.9))
+    for name in ("now", "before"):
+        write(tmp_path / f"sweep/trials/{name}/result.json", trial("ce", "digits", "full", 0, 0.9))
+    write(tmp_path / "sweep/sweep.json", {"trials": ["now"]})
+    ledger = collect(tmp_path)
+    assert (len(ledger.sources), len(ledger.trials)) == (1, 1)
+    assert sorted(problem.reason[:12] for problem in ledger.problems) == ["moved aside ", "no trial of "]

@@ -1,14 +1,14 @@
 """A sweep on paper: which runs its grid makes, in which order, and what is done about failing ones."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nc_dist import sweep
 from nc_dist.config import SweepRun
-from nc_dist.errors import InputError
+from nc_dist.errors import InputError, Preempted
 from nc_dist.run_folder import write_result
 from nc_dist.sweep import Trial, expand, run_here, unfinished
 
@@ -71,8 +71,7 @@ def test_a_trial_is_finished_when_it_has_a_result(tmp_path: Path) -> None:
     assert [t.id for t in unfinished(both)] == ["b"]
 
 
-def test_a_failing_trial_is_tried_again_and_then_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+def test_a_failing_trial_is_tried_again_and_then_left_behind(tmp_path: Path) -> None:
     tried: list[str] = []
 
     def run(spec: Any) -> None:
@@ -82,3 +81,16 @@ def test_a_failing_trial_is_tried_again_and_then_left_behind(tmp_path: Path, mon
 
     run_here([trial(tmp_path / name) for name in ("bad", "shaky", "good")], 1, run)
     assert tried == ["bad", "bad", "shaky", "shaky", "good"]
+
+
+@pytest.mark.parametrize(("error", "tries"), [(InputError("x"), 1), (Preempted(3), 1), (RuntimeError("x"), 3)])
+def test_bad_input_is_not_tried_again_and_a_stop_passes_through(tmp_path: Path, error: Exception, tries: int) -> None:
+    tried: list[str] = []
+
+    def run(spec: Any) -> None:
+        tried.append(spec.out)
+        raise error
+
+    with pytest.raises(Preempted) if isinstance(error, Preempted) else nullcontext():
+        run_here([trial(tmp_path / "one")], 2, run)
+    assert len(tried) == tries
