@@ -28,7 +28,7 @@ def main() -> None:
             values = [row[f"nc/{place}/nc1"] for row in measured]
             axes.plot(steps, values, line, marker=".", color=colour, label=f"{variant}, {name}")
     axes.set(xlabel="optimiser step", ylabel="NC1 of the kept features", yscale="log")
-    axes.set_title("Fashion-MNIST, resnet8, d = 64, K = 10, 50 samples a class", fontsize=9)
+    axes.set_title("Fashion-MNIST, resnet8, d = 64, K = 10; 200 samples a class, held-out 100", fontsize=9)
     axes.legend(fontsize=8, frameon=False, ncols=2)
     out = ROOT / "tools/figures/demo_nc1.svg"
     out.parent.mkdir(exist_ok=True)
