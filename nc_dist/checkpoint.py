@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,28 @@ MARK = "written_by_rank_"
 KEEP = 2  # newest checkpoints; the best one is kept besides
 
 
-def save(folder: Path, engine: Engine, step: int, state: dict[str, Any], world: World, best: bool = False) -> Path:
-    """Save at `step`; every rank calls it. `state` is small and the same on all ranks."""
+def save(
+    folder: Path,
+    engine: Engine,
+    step: int,
+    state: dict[str, Any],
+    world: World,
+    *,
+    best: bool = False,
+    keep: int | None = KEEP,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Save at `step`; every rank calls it. `state` is small and the same on all ranks.
+
+    `keep` newest checkpoints stay, None for all; `beside` writes what else belongs to it, and is called on every rank.
+    """
     partial, final = folder / f"step_{step}.partial", folder / f"step_{step}"
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
     engine.save(partial, state)
+    beside(partial)
     (partial / f"{MARK}{world.rank}").touch()
     world.barrier()
     if world.rank == 0:
@@ -48,7 +63,7 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any], world: 
         _link(folder, "last", final)
         if best:
             _link(folder, "best", final)
-        _prune(folder)
+        _prune(folder, keep)
     world.barrier()
     return final
 
@@ -96,8 +111,8 @@ def _link(folder: Path, name: str, target: Path) -> None:
     os.replace(fresh, folder / name)
 
 
-def _prune(folder: Path) -> None:
+def _prune(folder: Path, keep: int | None) -> None:
     best = (folder / "best").resolve()
-    for path in _complete(folder)[:-KEEP]:
+    for path in _complete(folder)[:-keep] if keep else []:
         if path.resolve() != best:
             shutil.rmtree(path)

@@ -13,11 +13,13 @@ from typing import Annotated
 
 import typer
 
+from nc_dist.cli_nc import nc_app
 from nc_dist.errors import BAD_INPUT, DONE, FAILED, InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 shards_app = typer.Typer(no_args_is_help=True, help="Build, verify and look into WebDataset shards.")
 app.add_typer(shards_app, name="shards")
+app.add_typer(nc_app, name="nc")
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, YAML.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, as optim.lr=0.1", show_default=False)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nc_dist.data.augment import AugmentSpec, CropFlip, InputSpec, NoAugment
+from nc_dist.data.augment import AugmentSpec, CropFlip, InputChange, InputSpec, NoAugment
 from nc_dist.engine import DeepSpeedSpec, EngineSpec, TorchSpec
 from nc_dist.losses import LossSpec
 from nc_dist.methods import MethodSpec
@@ -85,6 +85,7 @@ class PretrainRun(Spec):
     probe: Probe = Probe()
     measure_every: int | None = Field(None, ge=1)  # steps; null: a twelfth of the run
     save_every: int | None = Field(None, ge=1)  # steps; null: an epoch, at most every other measure
+    keep: int | None = Field(2, ge=1)  # newest checkpoints, the best one besides; null: all
     log_every: int = Field(20, ge=1)  # steps
     variant: str | None = None  # in tables; null: the last part of out. Seeds of one variant are averaged
     launch: Launch = Launch()
@@ -110,16 +111,23 @@ class FinetuneRun(Spec):
 
 
 class MeasureRun(Spec):
-    """NC of an exported model on a data set."""
+    """NC of a model, or of all checkpoints of a run, on a data set."""
 
     out: str
     seed: Seed = 0
-    model: str  # a finished run, or an exported model
+    model: str  # a run, an export, a glob of checkpoints, torchvision:NAME/WEIGHTS or timm:NAME
+    weights: str | None = None  # a file with a state dict that is put into it: .safetensors or .pth
+    input: InputChange = InputChange()  # what differs from the model's own
     data: str
     split: Literal["train", "test"] = "train"  # of a catalogued set that names none
     per_class: int | None = Field(None, ge=1)  # null: every sample
     batch: int = Field(256, ge=1)
-    blocks: list[str] | Literal["all"] = []  # besides the features before and after the head
+    workers: int = Field(0, ge=0)  # loader processes of each rank
+    blocks: list[str] | Literal["all"] = "all"  # besides the features before and after the head
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the forward
+    reference: str | None = None  # a moments file: NC1 about its class means as well (held-out about train)
+    rank_per_class: int = Field(50, ge=0)  # samples a class behind the numerical rank, at most; 0: leave it out
+    cache_gb: float = Field(4, ge=0)  # of features a rank may keep for the second pass; else a second forward
     launch: Launch = Launch()
 
 

@@ -6,6 +6,7 @@ Plain lines, on a terminal with a progress bar below them. The same whether the 
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ def _watching(lines: Callable[[], Iterator[Line]]) -> Iterator[None]:
 
             def put(text: str, part: float) -> None:
                 console.print(text, markup=False)
-                progress.update(task, completed=part)
+                if part:
+                    progress.update(task, completed=part)
 
             show(put)
 
@@ -80,6 +82,7 @@ def _lines(path: Path) -> Iterator[Line]:
     offset = path.stat().st_size if path.exists() else 0
     newest_nc: float | None = None
     first: Row | None = None
+    warned: set[str] = set()
     while True:
         size = path.stat().st_size if path.exists() else 0
         offset = min(offset, size)  # cut back for a resume: what is left was shown by the earlier attempt
@@ -92,6 +95,10 @@ def _lines(path: Path) -> Iterator[Line]:
         offset += len((whole + newline).encode())
         for row in (json.loads(line) for line in whole.splitlines() if line.startswith("{")):
             newest_nc = row.get("nc/train_before/nc1", newest_nc)
+            for place, what in (warning.split(": ", 1) for warning in row.get("warnings", [])):
+                if place not in warned:
+                    warned.add(place)
+                    yield f"warning, NC of {place}: {what}", row["step"] / row.get("steps", math.inf)
             if "train/loss" in row:
                 first = first or row
                 yield progress_line(row, first, newest_nc), row["step"] / row["steps"]

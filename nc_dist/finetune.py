@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nc_dist import checkpoint
+from nc_dist.collapse import Probe, collapse, forwarded, gathered_features
 from nc_dist.config import FinetuneRun
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.catalog import open_source
@@ -25,12 +26,12 @@ from nc_dist.errors import InputError, Preempted
 from nc_dist.loop import Objective, every, train_steps
 from nc_dist.losses import CrossEntropy
 from nc_dist.make_engine import make_engine
-from nc_dist.measure import classifier_of, measure_probe, observe
 from nc_dist.methods import LinearProbe
 from nc_dist.methods.freezing import train_mode, trainable
-from nc_dist.model import Exported, Model, export, load_exported
+from nc_dist.model import Exported, Model, classifier_of, export, load_exported
+from nc_dist.nc.metrics import LIVE
 from nc_dist.probe import fit
-from nc_dist.tracking import Tracker, flat_nc
+from nc_dist.tracking import Tracker, flat_probes
 from nc_dist.world import World
 
 SAVES = 6  # of a run when save_every is not given
@@ -82,7 +83,7 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[s
     tracker = Tracker(out, world, checkpoint.step_of(newest))
     tracker.custom_page()
     if newest is None:
-        tracker.scalars(0, {key: v for split, nc in before.items() for key, v in flat_nc(split, nc).items()})
+        tracker.scalars(0, flat_probes(before))
     extra: dict[str, Any] = {}
     if isinstance(run.method, LinearProbe):
         extra = fit_classifier(run, data, model, exported.input, world)
@@ -124,24 +125,29 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[s
 
 
 def measure_splits(run: FinetuneRun, data: TargetSet, model: Model, input: InputSpec, world: World) -> dict[str, Any]:
-    """NC of what the classifier sees and accuracy: on the train probe and on all of test."""
+    """NC of what the classifier sees and accuracy: on the train probe and on all of test, about its own means."""
     probe = per_class(data.train.labels, run.probe.per_class, run.seed, data.positions)
     splits = {"train": (data.train, probe), "test": (data.test, np.arange(len(data.test.labels)))}
+    classifier, dtype = classifier_of(model), next(model.parameters()).dtype
+    assert classifier is not None
+    found: dict[str, Any] = {}
     with evaluating(model):
-        dtype = next(model.parameters()).dtype
-        return {
-            name: measure_probe(
-                lambda x: model.observe(x, ()),
-                model,
-                eval_batches(source, positions, input, run.probe.batch, world, run.data.workers),
-                input,
-                dtype,
+        for name, (source, positions) in splits.items():
+            collapsed = collapse(
+                lambda source=source, positions=positions: forwarded(  # type: ignore[misc]
+                    lambda x: model.observe(x, ()),
+                    eval_batches(source, positions, input, run.probe.batch, world, run.data.workers),
+                    input,
+                    dtype,
+                    headless=True,
+                ),
+                Probe(source, positions, run.seed),
                 world,
-                data.num_classes,
-                classifier_of(model),
+                {"after": classifier},
+                only=LIVE,
             )
-            for name, (source, positions) in splits.items()
-        }
+            found[name] = collapsed.by_place(headless=True)
+    return found
 
 
 def fit_classifier(run: FinetuneRun, data: TargetSet, model: Model, input: InputSpec, world: World) -> dict[str, Any]:
@@ -149,8 +155,10 @@ def fit_classifier(run: FinetuneRun, data: TargetSet, model: Model, input: Input
     assert isinstance(run.method, LinearProbe) and model.classifier is not None
     with evaluating(model):
         loaded = eval_batches(data.train, data.positions, input, run.probe.batch, world, run.data.workers)
-        seen = observe(lambda x: model.observe(x, ()), loaded, input, torch.float32)
-    parts = world.gather_objects((seen.features["after"].cpu(), seen.labels.cpu()))
+        feats, targets = gathered_features(
+            forwarded(lambda x: model.observe(x, ()), loaded, input, torch.float32), "after"
+        )
+    parts = world.gather_objects((feats.cpu(), targets.cpu()))
     features, labels = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
     found = fit(features, labels, data.num_classes, run.method.l2, run.seed)
     with torch.no_grad():

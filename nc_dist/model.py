@@ -62,6 +62,11 @@ class Model(nn.Module):
         """Where the model can be cut, from the input on."""
         return self.backbone.blocks
 
+    @property
+    def headless(self) -> bool:
+        """Whether features and embedding are the same tensor."""
+        return isinstance(self.spec.head, NoHead)
+
     def forward(self, x: Tensor) -> Outputs:
         """Normalised images (B, 3, S, S) to outputs."""
         return self.observe(x, ())[0]
@@ -116,6 +121,13 @@ def check_input(spec: ModelSpec, input: InputSpec) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def classifier_of(model: Model) -> tuple[Tensor, Tensor] | None:
+    """A copy of the classifier's weight and bias."""
+    if model.classifier is None:
+        return None
+    return model.classifier.weight.detach().float().clone(), model.classifier.bias.detach().float().clone()
+
+
 def add_padded(a: Tensor, b: Tensor) -> Tensor:
     """(B, m) + (B, n), the shorter one padded with zeros at its end."""
     width = max(a.shape[1], b.shape[1])
@@ -156,6 +168,8 @@ def export(model: Model, folder: Path, input: InputSpec, class_names: Sequence[s
     partial.mkdir(parents=True, exist_ok=True)
     save_file(backbone, partial / "backbone.safetensors")
     save_file(tensors, partial / "model.safetensors")
+    for path in partial.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that nobody else may read
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     if folder.exists():
         shutil.rmtree(folder)  # an earlier attempt of this same run

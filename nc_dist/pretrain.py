@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nc_dist import checkpoint
+from nc_dist.collapse import Collapse, Probe, collapse, forwarded, gathered_features
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
 from nc_dist.data.order import Order, check_world, default_lanes
@@ -22,11 +23,11 @@ from nc_dist.engine import DeepSpeedSpec, Engine, deepspeed_json
 from nc_dist.errors import InputError, Preempted
 from nc_dist.loop import Objective, Step, every, train_steps
 from nc_dist.make_engine import make_engine
-from nc_dist.measure import classifier_of, measure_probe, observe
-from nc_dist.model import Model, check_input, export
+from nc_dist.model import Model, check_input, classifier_of, export
+from nc_dist.nc.metrics import LIVE
 from nc_dist.plan import training_plan
 from nc_dist.probe import fit
-from nc_dist.tracking import Tracker, flat_nc
+from nc_dist.tracking import Tracker, flat_probes, nc_warnings
 from nc_dist.world import World
 
 LIVE_POINTS = 12  # of a run when measure_every is not given
@@ -114,8 +115,10 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool]) -> dict[s
     measure_every = run.measure_every or max(1, data.steps // LIVE_POINTS)
     save_every = run.save_every or min(2 * measure_every, data.order.steps_per_epoch)
     nc: dict[str, Any] = {}
+    measuring = 0.0  # seconds
     if start == 0:
-        tracker.scalars(0, flat(measure_probes(run, data, engine, world)))
+        nc = measure_probes(run, data, engine, world)
+        tracker.scalars(0, flat_probes(nc), **nc_warnings(nc))
     for step in train_steps(engine, batches(run, data, world, start), objective, world, start, stop):
         last, score = step.number == data.steps, NO_SCORE
         asked = step.stop_requested() and not last
@@ -123,13 +126,25 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool]) -> dict[s
         if every(run.log_every, step.number) or last:
             tracker.scalars(step.number, progress(run, data, step), **about(data, step))
         if every(measure_every, step.number) or save:
+            asked_at = time.time()
             nc = measure_probes(run, data, engine, world)
+            measuring += time.time() - asked_at
             score = score_of(nc)
-            tracker.scalars(step.number, flat(nc))
+            share = {"perf/measure_frac": measuring / (time.time() - began)}
+            tracker.scalars(step.number, flat_probes(nc) | share, **nc_warnings(nc))
         if save or asked:
             state = {"step": step.number, "best": max(best, score), "seconds": earlier + time.time() - began}
             state["data"] = data.identity
-            checkpoint.save(out / "checkpoints", engine, step.number, state, world, best=score > best)
+            checkpoint.save(
+                out / "checkpoints",
+                engine,
+                step.number,
+                state,
+                world,
+                best=score > best,
+                keep=run.keep,
+                beside=lambda folder: export_to(folder / "export", run, data, engine, world),
+            )
             best = state["best"]
         if asked:
             tracker.close()
@@ -160,29 +175,32 @@ def batches(run: PretrainRun, data: SourceSet, world: World, start: int) -> Iter
 
 
 def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: World) -> dict[str, Any]:
-    """NC of the train and the held-out probe, before and after the head: {train_before: {...}, .., heldout_acc1}."""
+    """NC of the train and the held-out probe, before and after the head: {train: {before: {...}, acc1: ..}, heldout}.
+
+    Held-out NC, its values about the training means, and validation accuracy share one forward.
+    """
     with engine.gathered() as model:
         classifier = classifier_of(model)
-    found: dict[str, Any] = {}
+    headless = engine.module.headless
+    found: dict[str, Collapse] = {}
     for name, positions in (("train", data.train), ("heldout", data.heldout)):
         if len(positions):
             chosen = per_class(data.source.labels, run.probe.per_class, run.seed, positions)
-            found[name] = measure_probe(
-                lambda x: (engine.eval_forward(x), {}),
-                engine.module,
-                eval_batches(data.source, chosen, run.input, run.probe.batch, world, run.data.workers),
-                run.input,
-                engine.input_dtype,
+            found[name] = collapse(
+                lambda chosen=chosen: forwarded(  # type: ignore[misc]
+                    lambda x: (engine.eval_forward(x), {}),
+                    eval_batches(data.source, chosen, run.input, run.probe.batch, world, run.data.workers),
+                    run.input,
+                    engine.input_dtype,
+                    headless,
+                ),
+                Probe(data.source, chosen, run.seed),
                 world,
-                len(data.source.class_names),
-                classifier,
+                {"after": classifier} if classifier else {},
+                only=LIVE,
+                reference=found["train"].moments if name == "heldout" else None,
             )
-    return found
-
-
-def flat(nc: dict[str, Any]) -> dict[str, float | None]:
-    """All numbers of both probes under their TensorBoard names."""
-    return {key: value for probe, places in nc.items() for key, value in flat_nc(probe, places).items()}
+    return {name: collapsed.by_place(headless) for name, collapsed in found.items()}
 
 
 def score_of(nc: dict[str, Any]) -> float:
@@ -211,13 +229,9 @@ def about(data: SourceSet, step: Step) -> dict[str, Any]:
 
 def finish(run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: dict[str, Any]) -> dict[str, Any]:
     """Export the model, find the source accuracy, put the result together."""
-    variant = run.variant or Path(run.out).name
     named = {f"{probe}_{place}": values for probe, places in nc.items() for place, values in places.items()}
     nc1_source = nc["train"]["before"]["nc1"]
-    with engine.gathered() as model:
-        if world.rank == 0:
-            details = {"variant": variant, "nc1_source": nc1_source, "data": data.identity}
-            export(model, Path(run.out) / "export", run.input, data.source.class_names, details)
+    export_to(Path(run.out) / "export", run, data, engine, world, nc1_source=nc1_source)
     world.barrier()
     accuracy = source_accuracy(run, data, engine, world) if run.data.test else {}
     engine_name = f"deepspeed zero-{run.engine.zero}" if run.engine.kind == "deepspeed" else "torch"
@@ -236,6 +250,16 @@ def finish(run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: 
     }
 
 
+def export_to(
+    folder: Path, run: PretrainRun, data: SourceSet, engine: Engine, world: World, **details: float | None
+) -> None:
+    """Export the model as it is now; every rank calls it, rank 0 writes."""
+    with engine.gathered() as model:
+        if world.rank == 0:
+            about = {"variant": run.variant or Path(run.out).name, "data": data.identity, **details}
+            export(model, folder, run.input, data.source.class_names, about)
+
+
 def source_accuracy(run: PretrainRun, data: SourceSet, engine: Engine, world: World) -> dict[str, float]:
     """Linear-probe and nearest-class-centre accuracy on the source's test set (protocol: the same for all losses)."""
     assert run.data.test is not None
@@ -245,8 +269,9 @@ def source_accuracy(run: PretrainRun, data: SourceSet, engine: Engine, world: Wo
     parts = []
     for source, positions in ((data.source, chosen), (test, np.arange(len(test.labels)))):
         loaded = eval_batches(source, positions, run.input, run.probe.batch, world, run.data.workers)
-        seen = observe(lambda x: (engine.eval_forward(x), {}), loaded, run.input, engine.input_dtype)
-        parts.append(world.collect((seen.features["before"].cpu(), seen.labels.cpu())))
+        seen = forwarded(lambda x: (engine.eval_forward(x), {}), loaded, run.input, engine.input_dtype)
+        feats, labels = gathered_features(seen, "before")
+        parts.append(world.collect((feats.cpu(), labels.cpu())))
     if world.rank != 0:
         return {}
     (train_x, train_y), (test_x, test_y) = (

@@ -111,10 +111,24 @@ def cut_back(path: Path, start: int) -> None:
 def flat_nc(probe: str, nc: Mapping[str, Any]) -> dict[str, float | None]:
     """`nc/<probe>_<place>/<metric>` for every number of a measured probe, `val/acc1` for the held-out accuracy."""
     flat: dict[str, float | None] = {}
+    prefix = f"{probe}_" if probe else ""
     for place, values in nc.items():
         if isinstance(values, dict):
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            flat |= {f"nc/{probe}_{place}/{name}": value for name, value in numbers.items()}
+            flat |= {f"nc/{prefix}{place}/{name}": value for name, value in numbers.items()}
         elif place == "acc1":
-            flat["val/acc1" if probe == "heldout" else f"nc/{probe}_acc1"] = values
+            flat["val/acc1" if probe == "heldout" else f"nc/{prefix}acc1"] = values
     return flat
+
+
+def flat_probes(nc: Mapping[str, Any]) -> dict[str, float | None]:
+    """All numbers of several probes, {probe: what was measured}, under their TensorBoard names."""
+    return {key: value for probe, places in nc.items() for key, value in flat_nc(probe, places).items()}
+
+
+def nc_warnings(nc: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What speaks against the numbers of several probes, as {"warnings": ["<probe>_<place>: ...", ..]}; else nothing."""
+    places = {f"{probe}_{place}": values for probe, found in nc.items() for place, values in found.items()}
+    measured = {name: values for name, values in places.items() if isinstance(values, dict)}
+    found = [f"{name}: {what}" for name, values in measured.items() for what in values.get("warnings", [])]
+    return {"warnings": found} if found else {}

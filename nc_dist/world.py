@@ -44,6 +44,22 @@ class World:
         """
         return _Gather.apply(tensor, self) if self.size > 1 else tensor  # type: ignore[no-untyped-call]
 
+    def exchange(self, parts: list[Tensor]) -> list[Tensor]:
+        """parts[i] goes to rank i: what every rank sent here, in rank order; every rank must call it.
+
+        Numbers of rows may differ and be 0; further dimensions, dtype and kind of device must agree over ranks.
+        """
+        if self.size == 1:
+            return parts
+        rows = torch.cat(parts)
+        to_send = torch.tensor([len(part) for part in parts], device=rows.device)
+        to_receive = torch.empty_like(to_send)
+        dist.all_to_all_single(to_receive, to_send)
+        counts = to_receive.tolist()
+        received = rows.new_empty((sum(counts), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows, counts, to_send.tolist())
+        return list(torch.split(received, counts))
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable value, on every rank."""
         if self.size == 1:

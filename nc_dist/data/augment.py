@@ -29,6 +29,19 @@ class InputSpec(Spec):
     std: Triple = (0.25, 0.25, 0.25)
 
 
+class InputChange(Spec):
+    """What is to be different from the input that a model was made for; null leaves it."""
+
+    size: int | None = Field(None, ge=1)
+    crop: float | None = Field(None, gt=0, le=1)
+    mean: Triple | None = None
+    std: Triple | None = None
+
+    def of(self, input: InputSpec) -> InputSpec:
+        """The input with the changes."""
+        return input.model_copy(update={key: value for key, value in self if value is not None})
+
+
 class NoAugment(Spec):
     """The evaluation transform in training as well."""
 

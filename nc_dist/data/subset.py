@@ -18,14 +18,26 @@ def per_class(
     among = np.arange(len(labels)) if among is None else np.asarray(among)
     if n is None:
         return np.sort(among)
-    key = int(hash_text(purpose), 16)
-    random = np.random.Generator(np.random.Philox(key=[seed, key]))
+    shuffled, ranks = _shuffled(labels, seed, among, purpose)
+    return np.sort(shuffled[ranks < n])
+
+
+def second_half(labels: np.ndarray, seed: int, among: np.ndarray) -> np.ndarray:
+    """(N,) bool: which of the positions `among` are in the second of two halves, equal in each class to one sample."""
+    chosen = np.zeros(len(labels), dtype=bool)
+    shuffled, ranks = _shuffled(labels, seed, among, "halves")
+    chosen[shuffled[ranks % 2 == 1]] = True
+    return chosen
+
+
+def _shuffled(labels: np.ndarray, seed: int, among: np.ndarray, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """The positions class by class, in random order within each, and the place of each in that order."""
+    random = np.random.Generator(np.random.Philox(key=[seed, int(hash_text(purpose), 16)]))
     shuffled = random.permutation(among)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.bincount(labels[among])
     starts = np.cumsum(counts) - counts
-    ranks = np.arange(len(by_class)) - np.repeat(starts, counts)
-    return np.sort(by_class[ranks < n])
+    return by_class, np.arange(len(by_class)) - np.repeat(starts, counts)
 
 
 def split_off(

@@ -1,50 +1,26 @@
-"""Neural collapse: moments of features, exact over ranks, and the metrics they give. Needs torch alone."""
+"""Neural collapse: moments of features, exact over ranks, and the metrics they give. Needs torch alone.
 
-from nc_dist.nc.metrics import (
-    NC1,
-    Summary,
-    Undefined,
-    centred_means,
-    global_mean,
-    nc1,
-    nc1_pca,
-    nc1_trace,
-    nc2_equiangular,
-    nc2_equinorm,
-    nc2_etf,
-    nc2_maximal_angle,
-    nc3_bias,
-    nc3_papyan,
-    nc3_zhu,
-    nc4,
-    ncc_hits,
-    nearest_centre,
-    present_classes,
-    summary,
-)
-from nc_dist.nc.moments import ClassMoments, Statistics
+Every metric is a function in `nc_dist.nc.metrics`; `summary` computes all of them.
+"""
+
+from nc_dist.nc.halves import HalvedMoments
+from nc_dist.nc.metrics import Summary, summary
+from nc_dist.nc.moments import ClassMoments, NotFinite
+from nc_dist.nc.second_pass import Classifier, SecondPass, combined
+from nc_dist.nc.statistics import Moments, Statistics, Undefined
+from nc_dist.nc.watch import watch
 
 __all__ = [
-    "NC1",
     "ClassMoments",
+    "Classifier",
+    "HalvedMoments",
+    "Moments",
+    "NotFinite",
+    "SecondPass",
     "Statistics",
     "Summary",
     "Undefined",
-    "centred_means",
-    "global_mean",
-    "nc1",
-    "nc1_pca",
-    "nc1_trace",
-    "nc2_equiangular",
-    "nc2_equinorm",
-    "nc2_etf",
-    "nc2_maximal_angle",
-    "nc3_bias",
-    "nc3_papyan",
-    "nc3_zhu",
-    "nc4",
-    "ncc_hits",
-    "nearest_centre",
-    "present_classes",
+    "combined",
     "summary",
+    "watch",
 ]

@@ -128,7 +128,7 @@ def test_a_missing_run_file_and_a_missing_source_are_named(finished_run: Path, o
     assert "smal.yaml: no such file; did you mean" in refused(capsys, SMALL.with_name("smal.yaml"))
     measure, finetune = CONFIGS / "measure/digits.yaml", CONFIGS / "finetune/digits.yaml"
     error = refused(capsys, measure, "model=runs/none", f"out={out}", journey="measure")
-    assert "runs/none: no exported model" in error and "finish the run first" in error
+    assert "model=runs/none: no such folder" in error and "a run or export folder" in error
     error = refused(capsys, finetune, "source=runs/none", "data.train=digits", f"out={out}", journey="finetune")
     assert "runs/none: no exported model" in error
     error = refused(capsys, measure, f"model={finished_run}", f"out={out}", "blocks=[layer9]", journey="measure")
