@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.source import Source
-from nc_dist.data.stream import Batch
+from nc_dist.data.stream import Batch, eval_batches
 from nc_dist.data.subset import per_class, second_half
 from nc_dist.loop import full
 from nc_dist.model import Outputs
@@ -98,6 +98,19 @@ def forwarded(
         logits = outputs.logits_BK
         hits = int((logits.argmax(1) == batch.labels).sum()) if logits is not None else None
         yield Seen({place: feats.detach() for place, feats in places.items()}, batch.labels, batch.positions, hits)
+
+
+def passes_over(
+    probe: Probe, forward: Observe, input: InputSpec, dtype: torch.dtype, batch: int, world: World, workers: int,
+    headless: bool,
+) -> Callable[[], Iterator[Seen]]:  # fmt: skip
+    """What begins a pass of this rank's part of the probe through the network."""
+
+    def begin() -> Iterator[Seen]:
+        loaded = eval_batches(probe.source, probe.positions, input, batch, world, workers)
+        return forwarded(forward, loaded, input, dtype, headless)
+
+    return begin
 
 
 def gathered_features(seen: Iterable[Seen], place: str) -> tuple[Tensor, Tensor]:

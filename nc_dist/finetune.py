@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nc_dist import checkpoint
-from nc_dist.collapse import Probe, collapse, forwarded, gathered_features
+from nc_dist.collapse import Probe, collapse, forwarded, gathered_features, passes_over
 from nc_dist.config import FinetuneRun
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.catalog import open_source
@@ -133,20 +133,23 @@ def measure_splits(run: FinetuneRun, data: TargetSet, model: Model, input: Input
     found: dict[str, Any] = {}
     with evaluating(model):
         for name, (source, positions) in splits.items():
-            collapsed = collapse(
-                lambda source=source, positions=positions: forwarded(  # type: ignore[misc]
+            chosen = Probe(source, positions, run.seed)
+            found[name] = collapse(
+                passes_over(
+                    chosen,
                     lambda x: model.observe(x, ()),
-                    eval_batches(source, positions, input, run.probe.batch, world, run.data.workers),
                     input,
                     dtype,
+                    run.probe.batch,
+                    world,
+                    run.data.workers,
                     headless=True,
                 ),
-                Probe(source, positions, run.seed),
+                chosen,
                 world,
                 {"after": classifier},
                 only=LIVE,
-            )
-            found[name] = collapsed.by_place(headless=True)
+            ).by_place(headless=True)
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nc_dist import checkpoint
-from nc_dist.collapse import Collapse, Probe, collapse, forwarded, gathered_features
+from nc_dist.collapse import Collapse, Observe, Probe, collapse, forwarded, gathered_features, passes_over
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
 from nc_dist.data.order import Order, check_world, default_lanes
@@ -181,20 +181,16 @@ def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: Wor
     """
     with engine.gathered() as model:
         classifier = classifier_of(model)
-    headless = engine.module.headless
+    headless, dtype = engine.module.headless, engine.input_dtype
+    forward: Observe = lambda x: (engine.eval_forward(x), {})  # noqa: E731
     found: dict[str, Collapse] = {}
     for name, positions in (("train", data.train), ("heldout", data.heldout)):
         if len(positions):
             chosen = per_class(data.source.labels, run.probe.per_class, run.seed, positions)
+            probe = Probe(data.source, chosen, run.seed)
             found[name] = collapse(
-                lambda chosen=chosen: forwarded(  # type: ignore[misc]
-                    lambda x: (engine.eval_forward(x), {}),
-                    eval_batches(data.source, chosen, run.input, run.probe.batch, world, run.data.workers),
-                    run.input,
-                    engine.input_dtype,
-                    headless,
-                ),
-                Probe(data.source, chosen, run.seed),
+                passes_over(probe, forward, run.input, dtype, run.probe.batch, world, run.data.workers, headless),
+                probe,
                 world,
                 {"after": classifier} if classifier else {},
                 only=LIVE,

@@ -127,7 +127,7 @@ def flat_probes(nc: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def nc_warnings(nc: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What speaks against the numbers of several probes, as {"warnings": ["<probe>_<place>: ...", ..]}; else nothing."""
+    """What speaks against the numbers of several probes, {"warnings": ["<probe>_<place>: ...", ..]}, or nothing."""
     places = {f"{probe}_{place}": values for probe, found in nc.items() for place, values in found.items()}
     measured = {name: values for name, values in places.items() if isinstance(values, dict)}
     found = [f"{name}: {what}" for name, values in measured.items() for what in values.get("warnings", [])]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nc_reference import randn
 from scipy.optimize import minimize, nnls
 from torch import Tensor
 
