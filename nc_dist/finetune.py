@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nc_dist import checkpoint
-from nc_dist.collapse import Probe, collapse, forwarded, gathered_features, passes_over
+from nc_dist.collapse import Collapse, Probe, collapse, forwarded, gathered_features, passes_over
 from nc_dist.config import FinetuneRun
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.catalog import open_source
@@ -125,12 +125,12 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[s
 
 
 def measure_splits(run: FinetuneRun, data: TargetSet, model: Model, input: InputSpec, world: World) -> dict[str, Any]:
-    """NC of what the classifier sees and accuracy: on the train probe and on all of test, about its own means."""
+    """NC of what the classifier sees and accuracy: train's probe, and all of test about its own and train's means."""
     probe = per_class(data.train.labels, run.probe.per_class, run.seed, data.positions)
     splits = {"train": (data.train, probe), "test": (data.test, np.arange(len(data.test.labels)))}
     classifier, dtype = classifier_of(model), next(model.parameters()).dtype
     assert classifier is not None
-    found: dict[str, Any] = {}
+    found: dict[str, Collapse] = {}
     with evaluating(model):
         for name, (source, positions) in splits.items():
             chosen = Probe(source, positions, run.seed)
@@ -149,8 +149,9 @@ def measure_splits(run: FinetuneRun, data: TargetSet, model: Model, input: Input
                 world,
                 {"after": classifier},
                 only=LIVE,
-            ).by_place(headless=True)
-    return found
+                reference=found["train"].moments if name == "test" else None,
+            )
+    return {name: collapsed.by_place(headless=True) for name, collapsed in found.items()}
 
 
 def fit_classifier(run: FinetuneRun, data: TargetSet, model: Model, input: InputSpec, world: World) -> dict[str, Any]:

@@ -28,7 +28,19 @@ SITES = {
     "heldout_before": "held-out, before head",
     "heldout_after": "held-out, after head",
 }
-METRICS = ("nc1", "nc1_null", "nc1_trace", "nc1_pca", "nc2_equinorm", "nc2_equiangular", "nc2_etf", "nc3_zhu", "nc4")
+METRICS = (
+    "nc1",
+    "nc1_null",
+    "nc1_floor",
+    "nc1_split_half",
+    "nc1_trace",
+    "nc1_pca",
+    "nc2_equinorm",
+    "nc2_equiangular",
+    "nc2_etf",
+    "nc3_zhu",
+    "nc4",
+)
 SHAPE = ("d", "K", "N")
 COUNTS = (*SHAPE, "rank", "n_min", "n_max")
 
@@ -131,9 +143,12 @@ def _shape(runs: Sequence[Row], site: str) -> str:
 
 
 def _beside(runs: Sequence[Row], site: str) -> str:
-    """What stands beside an NC1: its shape, and the NC1 of the same features under permuted labels."""
-    nulls = [value for value in _measured(runs, site, "nc1_null") if is_number(value)]
-    return f"{_shape(runs, site)} · null {short(fmean(nulls)) if nulls else DASH}"
+    """What stands beside an NC1: its shape, its value under permuted labels, how far halves of the samples differ."""
+    null, gap = (
+        [value for value in _measured(runs, site, key) if is_number(value)] for key in ("nc1_null", "nc1_split_half")
+    )
+    halves = f"±{100 * fmean(gap):.0f} %" if gap else DASH
+    return f"{_shape(runs, site)} · null {short(fmean(null)) if null else DASH} · halves {halves}"
 
 
 def _source_training(variants: Mapping[str, Sequence[Row]]) -> Section:

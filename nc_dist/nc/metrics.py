@@ -120,6 +120,7 @@ CLASSIFIER_METRICS: dict[str, Callable[[Statistics, Tensor, Tensor | None], floa
     "nc3_bias": nc3_bias,
     "gnc2_weight": lambda stats, weight, _: _crowded(stats, present_weight(stats, weight)),
 }
+MOST_ROWS = 4096  # of gnc2 in a summary: ten seconds on one CPU thread
 SLOW = {"logme", "gnc2", "gnc2_weight"}
 LIVE = frozenset({*MOMENT_METRICS, *CLASSIFIER_METRICS} - SLOW)  # what is worth its time again and again in training
 
@@ -180,4 +181,6 @@ def _crowded(stats: Statistics, rows_PD: Tensor) -> float:
     """GNC2, which takes the place of NC2 when there are more classes than dimensions."""
     if len(rows_PD) <= stats.dim:
         raise Undefined(f"K = {len(rows_PD)} is not above d = {stats.dim}: see nc2_etf")
+    if len(rows_PD) > MOST_ROWS:
+        raise Undefined(f"K = {len(rows_PD)} is above {MOST_ROWS}, which takes minutes: call gnc2 for it")
     return gnc2(rows_PD)

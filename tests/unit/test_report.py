@@ -24,7 +24,16 @@ def write(path: Path, row: dict[str, Any], **changes: Any) -> None:
 
 
 def source(variant: str, nc1: float) -> dict[str, Any]:
-    nc = {"nc1": nc1, "nc1_null": 8.5, "nc1_trace": 2 * nc1, "nc3_zhu": None, "d": 64, "K": 10, "N": 2000}
+    nc = {
+        "nc1": nc1,
+        "nc1_null": 8.5,
+        "nc1_split_half": 0.12,
+        "nc1_trace": 2 * nc1,
+        "nc3_zhu": None,
+        "d": 64,
+        "K": 10,
+        "N": 2000,
+    }
     sites = ("train_before", "train_after", "heldout_before", "heldout_after")
     return {
         "journey": "pretrain", "variant": variant, "loss": "ce", "head": "mlp", "backbone": "small",
@@ -154,7 +163,7 @@ def test_the_markdown_tables_are_right(report: Path) -> None:
 
     assert text.startswith("# Transfer report (toy scale)")
     sources = table_row(text, "ce", "ce", "mlp")
-    assert sources[5:8] == ["91.2", DASH, "0.500 · d 64 · K 10 · N 2000 · null 8.50"]
+    assert sources[5:8] == ["91.2", DASH, "0.500 · d 64 · K 10 · N 2000 · null 8.50 · halves ±12 %"]
     assert table_row(text, "ce", "linear_probe") == [
         "ce", "linear_probe", "0.05", "61.0 ± 1.4 (n = 2)", "61.0 ± 1.4 (n = 2)",
     ]  # fmt: skip
@@ -162,7 +171,7 @@ def test_the_markdown_tables_are_right(report: Path) -> None:
     pair = table_row(text, "full − linear_probe")
     assert pair[1:] == ["+20.0 ± 0.0 (n = 2) · ahead in 2 of 2", DASH]
     assert table_row(text[text.index("## Downstream") :], "ce")[1] == (
-        "2.50, probe 61.0 % · d 64 · K 10 · N 200 · null –"
+        "2.50, probe 61.0 % · d 64 · K 10 · N 200 · null – · halves –"
     )
     assert "n = 2 variants: no correlation is computed" in text
     assert "r = " not in text
