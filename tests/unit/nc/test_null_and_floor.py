@@ -83,7 +83,7 @@ def test_the_pca_form_stays_where_it_is_over_widths(dim: int) -> None:
     labels_B = torch.arange(10).repeat(200)
     signal_BD, noise = 5 * torch.eye(10, dim)[labels_B], [randn(seed, 2000, dim).float() for seed in range(3)]
     stats = accumulated(signal_BD + noise[0], labels_B, 10).statistics()
-    assert 0.34 < nc1_pca(stats) < 0.60
+    assert 0.34 < nc1_pca(stats) < 0.62
     assert 0.03 * dim < nc1_trace(stats) < 0.05 * dim  # the trace ratio is of the width above all
     assert mean(nc1_pca(accumulated(feats_BD, labels_B, 10)) for feats_BD in noise) == pytest.approx(200, rel=0.25)
 
