@@ -135,7 +135,7 @@ def collapse(
     `forward_pass` begins a pass over this rank's part of the probe. `classifiers` act on the features of their place.
     `only` names the moment metrics that are wanted. `reference` holds other samples' moments: NC1 and nearest centres
     are given about their means besides. `rank_per_class` > 0 adds the numerical rank of so many samples a class.
-    Raises ValueError, on every rank, for features that are not finite, with place and first sample.
+    Raises NotFinite, on every rank, naming place and first sample.
     """
     first = _FirstPass(probe, world, rank_per_class, cache_bytes)
     for seen in forward_pass():
@@ -218,7 +218,7 @@ class _FirstPass:
         """Moments over all ranks, right logits and samples."""
         faults = [fault for fault in self._world.gather_objects(self._fault) if fault]
         if faults:
-            raise ValueError(faults[0])
+            raise NotFinite(faults[0], 0)
         if any(self._world.gather_objects(self.cache is None)):  # a second forward takes all ranks
             self.cache = None
         moments = {place: halved.all_reduce(self._world.sum_) for place, halved in self._moments.items()}

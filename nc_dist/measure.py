@@ -23,7 +23,7 @@ from nc_dist.engine import evaluating
 from nc_dist.errors import InputError, Preempted
 from nc_dist.identity import hash_text
 from nc_dist.layer_figure import layer_figure
-from nc_dist.nc import Classifier, Moments
+from nc_dist.nc import Classifier, Moments, NotFinite
 from nc_dist.subject import Subject, open_subject, subject_paths
 from nc_dist.tracking import Tracker, flat_nc
 from nc_dist.world import World
@@ -66,7 +66,10 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
     measured: list[dict[str, Any]] = []
     for path in paths:
         subject = open_subject(path, run.weights, run.input)
-        found = measure_subject(run, subject, probe, reference, world, stop)
+        try:
+            found = measure_subject(run, subject, probe, reference, world, stop)
+        except NotFinite as error:
+            raise InputError(f"model={path}: {error}") from None
         nc = found.by_place(subject.headless)
         measured.append({"model": path, "step": subject.step, **subject.about, "nc": nc})
         if world.rank == 0:

@@ -19,8 +19,8 @@ from nc_dist.nc.symmetric import SymmetricSum
 
 SumFn = Callable[[Tensor], Tensor]
 
-ROWS = 4096  # samples that are worked on at a time: bounds the memory beside the sums
-CLASSES = 256  # likewise
+ROWS = 1024  # samples that are worked on at a time: bounds the memory beside the sums
+CLASSES = 64  # likewise
 FAR = 2.0  # a pilot is moved when |c - mu|^2 exceeds this many times the class's variance; a sample's is 1 on average
 LARGEST = {torch.float32: 1e17, torch.float64: 1e150}  # features above it could overflow in their products
 FLOAT_BITS = {  # mantissa bits of a type; the type its powers of two are taken in, and the mask of that type's exponent

@@ -18,7 +18,8 @@ from torch import Tensor
 from nc_dist.nc import inverse_root
 
 CHUNK_ROWS = 2048  # class means that are centred at a time: bounds the memory beside K x D
-COINCIDENT = 1e-13  # of the largest norm of a class mean: means as close as this differ by rounding alone
+COINCIDENT = 1e-13  # of the largest norm of a class mean: means as close as this differ by rounding alone,
+BURIED = 1e-7  # and so do those as close as this share of the within-class standard deviation
 
 
 class Moments(Protocol):
@@ -77,7 +78,8 @@ class Statistics:
         centre_D = self.global_mean_D if centre_D is None else centre_D
         if len(self.present_P) < 2:
             raise Undefined("only one class has samples")
-        if self._spread <= COINCIDENT * self._largest:
+        noise = float((self.scatter_DD.trace() / self.n_K.sum()).clamp(min=0).sqrt())
+        if self._spread <= max(COINCIDENT * self._largest, BURIED * noise):
             raise Undefined("all class means coincide")
         for chosen in torch.split(self.present_P, CHUNK_ROWS):
             yield self.n_K[chosen], self.means_KD[chosen] - centre_D

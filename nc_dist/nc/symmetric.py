@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BUFFERED_ROWS = 4096  # that go into the fp32 buffer before it is emptied: its rounding stays that of a few products
+BUFFERED_ROWS = 1024  # that go into the fp32 buffer before it is emptied: its rounding stays that of a few products
+PIECE = 2**16  # numbers that the buffer is emptied by at a time
 SMALLEST_BLOCK = 128  # dimensions: below it, a product of its own costs more than it saves
 
 
@@ -39,9 +40,7 @@ class SymmetricSum:
         self._multiply(self._buffer, rows_BD, rows_BD)
         self._rows += len(rows_BD)
         if self._rows >= BUFFERED_ROWS:
-            self.total += self._buffer
-            self._buffer.zero_()
-            self._rows = 0
+            self._empty(self._buffer)
 
     def add_difference(self, plus_BD: Tensor, minus_BD: Tensor) -> None:
         """Add P^T P - M^T M of fp64 rows."""
@@ -51,8 +50,8 @@ class SymmetricSum:
     def settle(self) -> Tensor:
         """The total with everything in it; the buffer is given back."""
         if self._buffer is not None:
-            self.total += self._buffer
-            self._buffer, self._rows = None, 0
+            self._empty(self._buffer)
+            self._buffer = None
         return self.total
 
     def dense(self) -> Tensor:
@@ -63,10 +62,16 @@ class SymmetricSum:
         upper_DD = full_DD.triu()
         return upper_DD + upper_DD.triu(1).T
 
+    def _empty(self, buffer: Tensor) -> None:
+        # In pieces: the copy in fp64 that adding makes then stays in the processor's cache, five times as fast.
+        for total, part in zip(torch.split(self.total, PIECE), torch.split(buffer, PIECE), strict=True):
+            total += part
+            part.zero_()
+        self._rows = 0
+
     def _multiply(self, into: Tensor, left_BD: Tensor, right_BD: Tensor, alpha: float = 1) -> None:
-        with torch.autocast(left_BD.device.type, enabled=False):
-            for (low, high), block in self._blocks(into):
-                block.addmm_(left_BD[:, low:high].T, right_BD[:, low:], alpha=alpha)
+        for (low, high), block in self._blocks(into):
+            block.addmm_(left_BD[:, low:high].T, right_BD[:, low:], alpha=alpha)  # in place: never autocast
 
     def _blocks(self, flat: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Each block row's first and last row, and its view (rows, columns from the first row on)."""

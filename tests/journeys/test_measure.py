@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from processes import ROOT, SMALL, read_json
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.models import resnet18
 
@@ -19,6 +20,7 @@ from nc_dist.data import shards
 from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.catalog import open_source
 from nc_dist.data.stream import eval_batches
+from nc_dist.errors import BAD_INPUT
 from nc_dist.launch.start import start
 from nc_dist.model import load_exported
 from nc_dist.nc import watch
@@ -173,3 +175,27 @@ def all_features(net: torch.nn.Module, images: Path) -> tuple[dict[str, torch.Te
             net.eval()(normalise(batch.images, spec))
             labels.append(batch.labels)
     return {name: torch.cat(parts) for name, parts in seen.items()}, torch.cat(labels)
+
+
+def test_features_that_are_not_finite_name_model_place_and_first_sample(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(source / "export", tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state["layer2.0.bn1.bias"][0] = torch.nan
+    save_file(state, broken / "model.safetensors")
+    out = tmp_path / "nc"
+    assert start("measure", CONFIG, [f"out={out}", f"model={broken}"], "here", False, None, False) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert f"model={broken}: layer2.0: features are not finite" in error and "the sample is digits:train" in error
+    assert not (out / "nc.json").exists() and not (out / "result.json").exists()
+
+
+def test_a_reference_of_other_classes_or_no_moments_file_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for reference, why in ((source / "run.yaml", "moments"), (tmp_path / "none.safetensors", "none.safetensors")):
+        overrides = [f"out={tmp_path / 'nc'}", f"model={source}", f"reference={reference}"]
+        assert start("measure", CONFIG, overrides, "here", False, None, False) == BAD_INPUT
+        error = capsys.readouterr().err
+        assert f"reference='{reference}'" in error and why in error

@@ -98,6 +98,17 @@ def test_ten_live_nc_points_or_more_in_metrics_and_tensorboard(walk: Walk) -> No
     assert "hparam/accuracy" in events.Tags()["scalars"]
 
 
+def test_the_share_of_measuring_is_tracked_and_too_few_samples_are_told_once(walk: Walk) -> None:
+    measured = [row for row in rows(walk.source) if "nc/train_after/nc1" in row]
+    assert all(0 < row["perf/measure_frac"] < 1 for row in measured[1:])
+    assert all(row["nc/heldout_after/nc1_split_half"] > 0.05 for row in measured), "five images a class are too few"
+    assert measured[-1]["nc/heldout_after/nc1_test_about_train"] > measured[-1]["nc/heldout_after/nc1_floor"] > 0
+    warned = [
+        line for line in walk.said["pretrain"].stdout.splitlines() if line.startswith("warning, NC of heldout_after")
+    ]
+    assert len(warned) == 1 and "n = 5 a class is too small" in warned[0]
+
+
 def test_the_console_shows_lines_as_people_know_them(walk: Walk) -> None:
     line = walk.said["pretrain"].stdout.splitlines()[-4]
     assert all(word in line for word in ("ep 6 [", "loss", "top1", "nc1", "img/s", "data", "lr", "eta")), line
