@@ -25,7 +25,7 @@ from nc_dist.loop import full
 from nc_dist.model import Outputs
 from nc_dist.nc import Classifier, HalvedMoments, NotFinite, SecondPass, combined
 from nc_dist.nc.metrics import class_ranks, nc1_about, summary
-from nc_dist.nc.statistics import Moments, Undefined
+from nc_dist.nc.statistics import Moments, Statistics, Undefined
 from nc_dist.world import World
 
 CACHE_BYTES = 4e9  # of features that a rank keeps for the second pass, by default
@@ -149,12 +149,9 @@ def collapse(
         metrics[place] = summary(stats, weight, bias, only)
         passes[place] = [SecondPass(stats, classifier)]
         if reference is not None and place in reference:
-            about = reference[place].statistics()
-            try:
-                metrics[place]["nc1_test_about_train"] = nc1_about(stats, about)
-                passes[place].append(SecondPass(about))
-            except Undefined as why:
-                metrics[place] = combined(metrics[place], _without_value("nc1_test_about_train", why))
+            values, about = _about(stats, reference[place].statistics())
+            metrics[place] = combined(metrics[place], values)
+            passes[place] += about
     for seen in forward_pass() if first.cache is None else first.cache:
         for place, feats in seen.features.items():
             for second in passes[place]:
@@ -220,8 +217,9 @@ class _FirstPass:
         if faults:
             raise NotFinite(faults[0], 0)
         if any(self._world.gather_objects(self.cache is None)):  # a second forward takes all ranks
-            self.cache = None
-        moments = {place: halved.all_reduce(self._world.sum_) for place, halved in self._moments.items()}
+            self.cache, self.cached_bytes = None, 0
+        places = list(self._moments)
+        moments = {place: self._moments.pop(place).all_reduce(self._world.sum_) for place in places}
         right = None if self._right is None else sum(self._world.gather_objects(self._right))
         return moments, right, len(self._probe.positions)
 
@@ -240,5 +238,10 @@ class _FirstPass:
         )
 
 
-def _without_value(name: str, why: Undefined) -> dict[str, Any]:
-    return {name: None, "reasons": {name: str(why)}}
+def _about(stats: Statistics, reference: Statistics) -> tuple[dict[str, Any], list[SecondPass]]:
+    """NC1 about the class means of others, and the second pass that looks for the nearest of them."""
+    name = "nc1_test_about_train"
+    try:
+        return {name: nc1_about(stats, reference), "reasons": {}}, [SecondPass(reference)]
+    except Undefined as why:
+        return {name: None, "reasons": {name: str(why)}}, []
