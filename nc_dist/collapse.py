@@ -24,10 +24,11 @@ from nc_dist.data.subset import per_class, second_half
 from nc_dist.loop import full
 from nc_dist.model import Outputs
 from nc_dist.nc import Classifier, HalvedMoments, NotFinite, SecondPass, combined
-from nc_dist.nc.metrics import class_ranks, nc1_about, summary
+from nc_dist.nc.metrics import LIVE, class_ranks, nc1_about, summary
 from nc_dist.nc.statistics import Moments, Statistics, Undefined
 from nc_dist.world import World
 
+ENDS = ("before", "after")
 CACHE_BYTES = 4e9  # of features that a rank keeps for the second pass, by default
 
 Observe = Callable[[Tensor], tuple[Outputs, dict[str, Tensor]]]
@@ -133,9 +134,10 @@ def collapse(
     """Every metric at every place, over all ranks; each of them must call it.
 
     `forward_pass` begins a pass over this rank's part of the probe. `classifiers` act on the features of their place.
-    `only` names the moment metrics that are wanted. `reference` holds other samples' moments: NC1 and nearest centres
-    are given about their means besides. `rank_per_class` > 0 adds the numerical rank of so many samples a class.
-    Raises NotFinite, on every rank, naming place and first sample.
+    `only` names the moment metrics that are wanted; by default all of them before and after the head, and at the blocks
+    all but the slow ones (nc.metrics.SLOW), which can be had of the moments later. `reference` holds other samples'
+    moments: NC1 and nearest centres are given about their means besides. `rank_per_class` > 0 adds the numerical rank
+    of so many samples a class. Raises NotFinite, on every rank, naming place and first sample.
     """
     first = _FirstPass(probe, world, rank_per_class, cache_bytes)
     for seen in forward_pass():
@@ -146,7 +148,7 @@ def collapse(
     for place, halved in moments.items():
         stats, classifier = halved.statistics(), classifiers.get(place)
         weight, bias = classifier or (None, None)
-        metrics[place] = summary(stats, weight, bias, only)
+        metrics[place] = summary(stats, weight, bias, LIVE if only is None and place not in ENDS else only)
         passes[place] = [SecondPass(stats, classifier)]
         if reference is not None and place in reference:
             values, about = _about(stats, reference[place].statistics())

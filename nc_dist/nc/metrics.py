@@ -46,6 +46,7 @@ from nc_dist.nc.variability import (
 __all__ = [
     "LIVE",
     "MOMENT_METRICS",
+    "SLOW",
     "Summary",
     "Undefined",
     "cdnv",

@@ -180,7 +180,8 @@ def _expect_more_samples_than_dims(stats: Statistics) -> None:
 def _explained(stats: Statistics, values_D: Tensor) -> float:
     """tr(S_T^+ S_B), S_T with these eigenvalues in place of its own."""
     vectors_DD = stats.total_eigen[1]
-    between_D = ((stats.weighted_between_DD @ vectors_DD) * vectors_DD).sum(0)
+    between_D = sum((n_C[:, None] * (rows_CD @ vectors_DD).square()).sum(0) for n_C, rows_CD in stats.centred_chunks())
+    assert isinstance(between_D, Tensor)
     kept_D = values_D > EIGENVALUE_CUTOFF * values_D.max()
     return float((between_D[kept_D] / values_D[kept_D]).sum())
 
