@@ -24,11 +24,12 @@ from nc_dist.data.subset import per_class, second_half
 from nc_dist.loop import full
 from nc_dist.model import Outputs
 from nc_dist.nc import Classifier, HalvedMoments, NotFinite, SecondPass, combined
-from nc_dist.nc.metrics import LIVE, class_ranks, nc1_about, summary
+from nc_dist.nc.metrics import LIVE, SLOW, class_ranks, nc1_about, summary
 from nc_dist.nc.statistics import Moments, Statistics, Undefined
 from nc_dist.world import World
 
 ENDS = ("before", "after")
+LEFT_OUT = {**dict.fromkeys(SLOW), "reasons": dict.fromkeys(SLOW, "slow, left out at a block: `nc-dist nc show` has it")}
 CACHE_BYTES = 4e9  # of features that a rank keeps for the second pass, by default
 
 Observe = Callable[[Tensor], tuple[Outputs, dict[str, Tensor]]]
@@ -149,6 +150,8 @@ def collapse(
         stats, classifier = halved.statistics(), classifiers.get(place)
         weight, bias = classifier or (None, None)
         metrics[place] = summary(stats, weight, bias, LIVE if only is None and place not in ENDS else only)
+        if only is None and place not in ENDS:
+            metrics[place] = combined(metrics[place], LEFT_OUT)
         passes[place] = [SecondPass(stats, classifier)]
         if reference is not None and place in reference:
             values, about = _about(stats, reference[place].statistics())
