@@ -29,7 +29,10 @@ from nc_dist.nc.statistics import Moments, Statistics, Undefined
 from nc_dist.world import World
 
 ENDS = ("before", "after")
-LEFT_OUT = {**dict.fromkeys(SLOW), "reasons": dict.fromkeys(SLOW, "slow, left out at a block: `nc-dist nc show` has it")}
+LEFT_OUT = {
+    **dict.fromkeys(SLOW),
+    "reasons": dict.fromkeys(SLOW, "slow, left out at a block: `nc-dist nc show` has it"),
+}
 CACHE_BYTES = 4e9  # of features that a rank keeps for the second pass, by default
 
 Observe = Callable[[Tensor], tuple[Outputs, dict[str, Tensor]]]
