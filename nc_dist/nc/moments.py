@@ -134,9 +134,9 @@ class ClassMoments:
     def _add(self, feats_BD: Tensor, labels_B: Tensor) -> None:
         counts_K = torch.bincount(labels_B, minlength=self.num_classes).to(self.n_K)
         self._give_pilots(feats_BD, labels_B, counts_K)
-        residuals_BD = (feats_BD - self.pilots_KD[labels_B]).to(self.dtype)
+        residuals_BD = (feats_BD - self.pilots_KD.index_select(0, labels_B)).to(self.dtype)
         if self._move_far_pilots(residuals_BD, labels_B, counts_K):
-            residuals_BD = (feats_BD - self.pilots_KD[labels_B]).to(self.dtype)
+            residuals_BD = (feats_BD - self.pilots_KD.index_select(0, labels_B)).to(self.dtype)
         # s, t and T see the same rounded residuals, so that the rounding cancels in T - s s^T / n.
         self.products.add(residuals_BD)
         self.sums_KD.index_add_(0, labels_B, residuals_BD.double())

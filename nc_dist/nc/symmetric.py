@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BUFFERED_ROWS = 1024  # that go into the fp32 buffer before it is emptied: its rounding stays that of a few products
+BUFFERED_ROWS = 2048  # that go into the fp32 buffer before it is emptied: its rounding stays that of a few products
 PIECE = 2**16  # numbers that the buffer is emptied by at a time
 SMALLEST_BLOCK = 128  # dimensions: below it, a product of its own costs more than it saves
 
