@@ -99,6 +99,8 @@ def _lines(path: Path) -> Iterator[Line]:
                 if place not in warned:
                     warned.add(place)
                     yield f"warning, NC of {place}: {what}", row["step"] / row.get("steps", math.inf)
+            if "measured" in row:
+                yield f"{row['measured']}: {row['images']}/{row['of']} images", row["images"] / row["of"]
             if "train/loss" in row:
                 first = first or row
                 yield progress_line(row, first, newest_nc), row["step"] / row["steps"]

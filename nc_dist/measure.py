@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from nc_dist.identity import hash_text
 from nc_dist.layer_figure import layer_figure
 from nc_dist.nc import Classifier, Moments, NotFinite
 from nc_dist.subject import Subject, open_subject, subject_paths
-from nc_dist.tracking import Tracker, flat_nc
+from nc_dist.tracking import Tracker, flat_nc, nc_warnings
 from nc_dist.world import World
 
 MOMENTS = "moments.safetensors"
+TELL_EVERY = 10.0  # seconds between signs of life
 
 
 def check(run: MeasureRun, world_size: int) -> dict[str, Any]:
@@ -66,8 +68,9 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
     measured: list[dict[str, Any]] = []
     for path in paths:
         subject = open_subject(path, run.weights, run.input)
+        place_in_run = f"model {len(measured) + 1}/{len(paths)}"
         try:
-            found = measure_subject(run, subject, probe, reference, world, stop)
+            found = measure_subject(run, subject, probe, reference, world, stop, partial(_tell, tracker, place_in_run))
         except NotFinite as error:
             raise InputError(f"model={path}: {error}") from None
         nc = found.by_place(subject.headless)
@@ -75,7 +78,9 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
         if world.rank == 0:
             folder = out / Path(path).name if len(paths) > 1 else out
             write(folder, run, subject, probe, found, nc)
-        tracker.scalars(subject.step or len(measured) - 1, flat_nc("", nc), model=path)
+        tracker.scalars(
+            subject.step or len(measured) - 1, flat_nc("", nc), model=path, **nc_warnings({Path(path).name: nc})
+        )
     tracker.close()
     nc = measured[-1]["nc"]
     if world.rank == 0 and len(paths) > 1:
@@ -103,8 +108,9 @@ def measure_subject(
     reference: Mapping[str, Moments] | None,
     world: World,
     stop: Callable[[], bool],
+    tell: Callable[[int, int], None],
 ) -> Collapse:
-    """One model on the samples, in fp32 with TF32 off unless the run says otherwise."""
+    """One model on the samples, fp32 and no TF32 unless the run says otherwise; `tell(images, of all)` meanwhile."""
     names = check_blocks(subject, run.blocks)
     module = subject.module.to(world.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.precision == "tf32"
@@ -112,7 +118,7 @@ def measure_subject(
 
     def forward_pass() -> Iterator[Any]:
         loaded = eval_batches(probe.source, probe.positions, subject.input, run.batch, world, run.workers)
-        batches = until(stop, loaded, world)
+        batches = until(stop, told(loaded, len(probe.positions), world, tell), world)
         return forwarded(lambda x: subject.observe(x, names), batches, subject.input, torch.float32, subject.headless)
 
     with evaluating(module), half:
@@ -161,6 +167,21 @@ def until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> I
         if world.sum_(torch.tensor(float(stop()), device=world.device)):
             raise Preempted(0)
         yield batch
+
+
+def told(batches: Iterable[Batch], total: int, world: World, tell: Callable[[int, int], None]) -> Iterator[Batch]:
+    """The batches; rank 0 tells every TELL_EVERY seconds how far all ranks are, which go on side by side."""
+    done, last = 0, time.monotonic()
+    for batch in batches:
+        yield batch
+        done += len(batch.labels) * world.size
+        if time.monotonic() - last >= TELL_EVERY:
+            last = time.monotonic()
+            tell(min(done, total), total)
+
+
+def _tell(tracker: Tracker, which: str, images: int, total: int) -> None:
+    tracker.scalars(0, {}, measured=which, images=images, of=total, time=time.time())
 
 
 def check_blocks(subject: Subject, blocks: Sequence[str]) -> list[str]:

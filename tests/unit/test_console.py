@@ -72,6 +72,18 @@ def test_new_rows_are_shown_and_old_ones_are_not(
     assert all("nc1 7.5" in line for line in lines)
 
 
+def test_a_warning_about_a_place_is_shown_once_and_measuring_shows_how_far_it_is(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    lines = console._lines(path)
+    warned = {"step": 5, "warnings": ["heldout_after: n = 5 a class is too small: 41%", "train_after: NC1 is below"]}
+    write(path, warned, {**warned, "step": 6}, {"step": 0, "measured": "model 2/3", "images": 50, "of": 200})
+    assert [line for line in (next(lines) for _ in range(4)) if line] == [
+        ("warning, NC of heldout_after: n = 5 a class is too small: 41%", 0.0),
+        ("warning, NC of train_after: NC1 is below", 0.0),
+        ("model 2/3: 50/200 images", 0.25),
+    ]
+
+
 def test_after_a_file_was_cut_back_for_a_resume_only_new_rows_are_shown(tmp_path: Path) -> None:
     path = tmp_path / FILE
     write(path, *({**ROW, "step": step} for step in (1, 2, 3)))
