@@ -77,11 +77,12 @@ def show(
     if as_json:
         typer.echo(json.dumps(values, indent=1))
         return
-    rows = [["place", "d", "K", "N", "n", *COLUMNS.values()]]
+    rows = [["place", "d", "K", "rank", "N", "n", *COLUMNS.values()]]
     for name, of in values.items():
         n = str(of["n_min"]) + (f"-{of['n_max']}" if of["n_max"] > of["n_min"] else "")
-        rows.append([name, *(str(of[size]) for size in ("d", "K", "N")), n, *(_number(of[key]) for key in COLUMNS)])
-    cells = {(name, key) for name in values for key in COLUMNS}
+        sizes = [str(of["d"]), str(of["K"]), _number(of["rank"]), str(of["N"]), n]
+        rows.append([name, *sizes, *(_number(of[key]) for key in COLUMNS)])
+    cells = {(name, key) for name in values for key in ("rank", *COLUMNS)}
     typer.echo("\n".join([title, *_table(rows, texts=1), *_notes(values, cells)]))
 
 

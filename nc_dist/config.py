@@ -60,7 +60,7 @@ class TargetData(Spec):
     workers: int = Field(0, ge=0)
 
 
-class Probe(Spec):
+class ProbeSpec(Spec):
     """The fixed, seeded subset that NC is measured on; `per_class` null takes every sample."""
 
     per_class: int | None = Field(50, ge=1)
@@ -82,7 +82,7 @@ class PretrainRun(Spec):
     engine: EngineSpec = DeepSpeedSpec()
     batch: BatchSpec = BatchSpec()
     epochs: float = Field(gt=0)
-    probe: Probe = Probe()
+    probe: ProbeSpec = ProbeSpec()
     measure_every: int | None = Field(None, ge=1)  # steps; null: a twelfth of the run
     save_every: int | None = Field(None, ge=1)  # steps; null: an epoch, at most every other measure
     keep: int | None = Field(2, ge=1)  # newest checkpoints, the best one besides; null: all
@@ -104,7 +104,7 @@ class FinetuneRun(Spec):
     engine: EngineSpec = TorchSpec()
     batch: BatchSpec = BatchSpec(global_=64, micro=64)
     epochs: float = Field(20, gt=0)
-    probe: Probe = Probe()
+    probe: ProbeSpec = ProbeSpec()
     save_every: int | None = Field(None, ge=1)  # steps; null: a sixth of the run
     log_every: int = Field(50, ge=1)
     launch: Launch = Launch()

@@ -96,8 +96,9 @@ def _lines(path: Path) -> Iterator[Line]:
         for row in (json.loads(line) for line in whole.splitlines() if line.startswith("{")):
             newest_nc = row.get("nc/train_before/nc1", newest_nc)
             for place, what in (warning.split(": ", 1) for warning in row.get("warnings", [])):
-                if place not in warned:
-                    warned.add(place)
+                kind = f"{place} {what.split()[0]}"  # the numbers in it change from time to time
+                if kind not in warned:
+                    warned.add(kind)
                     yield f"warning, NC of {place}: {what}", row["step"] / row.get("steps", math.inf)
             if "measured" in row:
                 yield f"{row['measured']}: {row['images']}/{row['of']} images", row["images"] / row["of"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nc_dist import checkpoint
-from nc_dist.collapse import Collapse, Probe, collapse, forwarded, gathered_features, passes_over
+from nc_dist.collapse import Collapse, collapse
 from nc_dist.config import FinetuneRun
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.catalog import open_source
@@ -23,6 +23,7 @@ from nc_dist.data.stream import eval_batches, kept_shard_sizes, train_steps_data
 from nc_dist.data.subset import per_class
 from nc_dist.engine import DeepSpeedSpec, evaluating
 from nc_dist.errors import InputError, Preempted
+from nc_dist.features import Probe, forwarded, gathered_features, passes_over
 from nc_dist.loop import Objective, every, train_steps
 from nc_dist.losses import CrossEntropy
 from nc_dist.make_engine import make_engine

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nc_dist import moments_file
-from nc_dist.collapse import Collapse, Probe, collapse, forwarded
+from nc_dist.collapse import Collapse, collapse
 from nc_dist.config import MeasureRun
 from nc_dist.data.catalog import open_source
 from nc_dist.data.source import check_samples
@@ -22,14 +22,15 @@ from nc_dist.data.stream import Batch, eval_batches
 from nc_dist.data.subset import per_class
 from nc_dist.engine import evaluating
 from nc_dist.errors import InputError, Preempted
+from nc_dist.features import Probe, forwarded
 from nc_dist.identity import hash_text
-from nc_dist.layer_figure import layer_figure
+from nc_dist.measure_files import write, write_table
+from nc_dist.moments_file import MomentsFile
 from nc_dist.nc import Classifier, Moments, NotFinite
 from nc_dist.subject import Subject, open_subject, subject_paths
 from nc_dist.tracking import Tracker, flat_nc, nc_warnings
 from nc_dist.world import World
 
-MOMENTS = "moments.safetensors"
 TELL_EVERY = 10.0  # seconds between signs of life
 
 
@@ -38,12 +39,13 @@ def check(run: MeasureRun, world_size: int) -> dict[str, Any]:
     probe = open_probe(run)
     paths = subject_paths(run.model)
     for path in paths:
-        subject = open_subject(path, run.weights, run.input)
+        subject = open_subject(path, run.weights, run.input, run.seed)
         names = check_blocks(subject, run.blocks)
-    reference_of(run, probe)
+        reference_of(run, subject, probe)
     dims = [block.dim for block in subject.blocks if block.name in names]
     dims += [subject.dim] if subject.headless else [subject.dim, subject.embedding_dim]
     wanted = 4 * sum(dims) * -(-len(probe.positions) // world_size)
+    ranked = int(probe.ranked(run.rank_per_class)[0].sum()) if run.rank_per_class else 0
     seen = check_samples(probe.source, probe.positions)
     return {
         "models": len(paths),
@@ -51,6 +53,9 @@ def check(run: MeasureRun, world_size: int) -> dict[str, Any]:
         "blocks": names,
         "features for the second pass": f"{wanted / 1e9:.3g} GB a rank, "
         + ("cached" if wanted <= run.cache_gb * 1e9 else "more than cache_gb: a second forward takes their place"),
+        "features for the numerical rank": f"{4 * sum(dims) * ranked / world_size / 1e9:.3g} GB a rank, besides",
+        "classifier": mismatch(subject, probe) or "acts on the data's classes",
+        "weights": str(subject.about.get("match", subject.about["weights"])),
         "images read and decoded as a check": seen,
     }
 
@@ -62,29 +67,31 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
     """
     began, out = time.time(), Path(run.out)
     probe = open_probe(run)
-    reference = reference_of(run, probe)
     paths = subject_paths(run.model)
+    names = distinct_names(paths)
     tracker = Tracker(out, world)
     measured: list[dict[str, Any]] = []
-    for path in paths:
-        subject = open_subject(path, run.weights, run.input)
+    for path, name in zip(paths, names, strict=True):
+        subject = open_subject(path, run.weights, run.input, run.seed)
+        reference = reference_of(run, subject, probe, world.device)
         place_in_run = f"model {len(measured) + 1}/{len(paths)}"
         try:
             found = measure_subject(run, subject, probe, reference, world, stop, partial(_tell, tracker, place_in_run))
         except NotFinite as error:
             raise InputError(f"model={path}: {error}") from None
-        nc = found.by_place(subject.headless)
+        nc = explained(found.by_place(subject.headless), mismatch(subject, probe))
         measured.append({"model": path, "step": subject.step, **subject.about, "nc": nc})
         if world.rank == 0:
-            folder = out / Path(path).name if len(paths) > 1 else out
-            write(folder, run, subject, probe, found, nc)
-        tracker.scalars(
-            subject.step or len(measured) - 1, flat_nc("", nc), model=path, **nc_warnings({Path(path).name: nc})
-        )
+            file = MomentsFile(found.moments, classifiers_of(subject, probe), about_subject(run, subject, probe))
+            write(out / name if len(paths) > 1 else out, f"{subject.about['model']} on {run.data}", nc, file)
+        # Checkpoints of one run are steps of one curve; other models are curves of their own.
+        curve = "" if len({Path(each).parent for each in paths}) == 1 else name.replace("/", "_")
+        step = subject.step if subject.step is not None else len(measured) - 1
+        tracker.scalars(step, flat_nc(curve, nc), model=path, **nc_warnings({name: nc}))
     tracker.close()
     nc = measured[-1]["nc"]
     if world.rank == 0 and len(paths) > 1:
-        write_table(out, [(Path(row["model"]).name, row["nc"]) for row in measured])
+        write_table(out, [(name, row["nc"]) for name, row in zip(names, measured, strict=True)])
     return {
         "journey": "measure",
         "model": run.model,
@@ -130,6 +137,7 @@ def measure_subject(
             reference=reference,
             rank_per_class=run.rank_per_class,
             cache_bytes=run.cache_gb * 1e9,
+            rounded_to={"bf16": torch.bfloat16, "tf32": torch.float16}.get(run.precision),  # TF32 has fp16's mantissa
         )
 
 
@@ -142,23 +150,59 @@ def open_probe(run: MeasureRun) -> Probe:
 def classifiers_of(subject: Subject, probe: Probe) -> dict[str, Classifier]:
     """The classifier by the place it acts on; none where it knows other classes than the data."""
     layer = subject.classifier
-    if layer is None or layer.out_features != probe.num_classes:
+    if layer is None or mismatch(subject, probe):
         return {}
     bias = None if layer.bias is None else layer.bias.detach().float()
     return {"after": (layer.weight.detach().float(), bias)}
 
 
-def reference_of(run: MeasureRun, probe: Probe) -> Mapping[str, Moments] | None:
-    """The moments whose means are used besides; InputError unless they are of the data's classes."""
+def mismatch(subject: Subject, probe: Probe) -> str | None:
+    """Why the classifier's metrics have no value on the data; None where they have."""
+    if subject.classifier is None:
+        return "no classifier"
+    known, classes = subject.classifier.out_features, probe.num_classes
+    if known != classes:
+        return f"the classifier is of {known} classes, the data has {classes}"
+    names = zip(subject.class_names or probe.source.class_names, probe.source.class_names, strict=True)
+    other = next(((a, b) for a, b in names if a != b), None)
+    return f"the classifier is of other classes: {other[0]!r} where the data has {other[1]!r}" if other else None
+
+
+def explained(nc: dict[str, Any], why: str | None) -> dict[str, Any]:
+    """The same, with the reason in place of the general one where a classifier was missed."""
+    for place in ("before", "after"):
+        reasons = nc[place]["reasons"]
+        reasons.update({name: why for name, given in reasons.items() if why and given == "no classifier"})
+    return nc
+
+
+def reference_of(
+    run: MeasureRun, subject: Subject, probe: Probe, device: torch.device | None = None
+) -> Mapping[str, Moments] | None:
+    """The moments whose means are used besides; InputError unless of the same model, input and classes."""
     if run.reference is None:
         return None
     try:
         loaded = moments_file.load(Path(run.reference))
     except (OSError, ValueError) as error:
         raise InputError(f"reference={run.reference!r}: {error}") from None
-    if loaded.about.get("class_names") != probe.source.class_names:
-        raise InputError(f"reference={run.reference!r}: of other classes than data={run.data!r}")
-    return loaded.places
+    ours, theirs = (
+        {**about, "model": about.get("model", {}).get("identity")}
+        for about in (about_subject(run, subject, probe), loaded.about)
+    )
+    for key in ("model", "input", "class_names"):
+        if ours[key] != theirs.get(key):
+            raise InputError(
+                f"reference={run.reference!r}: its {key} is {theirs.get(key)}, that of this measurement {ours[key]}; "
+                "measure this very model on the training samples first"
+            )
+    return {place: halved.to(device or "cpu") for place, halved in loaded.places.items()}
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """What to call each of several models: its path inside the folder that they share."""
+    shared = os.path.commonpath([Path(path).absolute().parent for path in paths])
+    return [os.path.relpath(Path(path).absolute(), shared) for path in paths]
 
 
 def until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> Iterator[Batch]:
@@ -189,47 +233,20 @@ def check_blocks(subject: Subject, blocks: Sequence[str]) -> list[str]:
     names = [block.name for block in subject.blocks]
     unknown = [] if blocks == "all" else [name for name in blocks if name not in names]
     if unknown:
-        raise InputError(f"blocks: no such block {unknown[0]!r}; {run_name(subject)} has {', '.join(names)}")
+        raise InputError(f"blocks: no such block {unknown[0]!r}; {subject.about['model']} has {', '.join(names)}")
     return names if blocks == "all" else list(blocks)
 
 
-def run_name(subject: Subject) -> str:
-    """What the model is called in messages."""
-    return str(subject.about.get("model", "this model"))
-
-
-def write(
-    folder: Path, run: MeasureRun, subject: Subject, probe: Probe, found: Collapse, nc: Mapping[str, Any]
-) -> None:
-    """nc.json, nc.csv, layers.svg and the moments file of one model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "nc.json").write_text(json.dumps(nc, indent=1))
-    write_table(folder, [(None, nc)])
-    layer_figure(found.metrics, folder / "layers.svg", f"{run_name(subject)} on {run.data}")
+def about_subject(run: MeasureRun, subject: Subject, probe: Probe) -> dict[str, Any]:
+    """What was measured, for the moments file."""
     subset = hash_text(json.dumps(probe.positions.tolist()))
     data = {"name": run.data, "identity": probe.source.identity(), "subset": subset, "samples": len(probe.positions)}
-    about = {
-        "class_names": probe.source.class_names,
-        "model": {"name": run_name(subject), "identity": subject.identity, "step": subject.step},
+    return {
+        "class_names": list(probe.source.class_names),
+        "model": {"name": subject.about["model"], "identity": subject.identity, "step": subject.step},
         "data": [data],
         "input": subject.input.model_dump(mode="json"),
         "pooling": {block.name: block.pooling for block in subject.blocks},
         "headless": subject.headless,
         "precision": run.precision,
     }
-    moments_file.save(folder / MOMENTS, moments_file.MomentsFile(found.moments, classifiers_of(subject, probe), about))
-
-
-def write_table(folder: Path, models: Sequence[tuple[str | None, Mapping[str, Any]]]) -> None:
-    """nc.csv: a row for each place (of each model); what has no value is left empty."""
-    rows = [
-        {**({"model": model} if model else {}), "place": place, **values}
-        for model, nc in models
-        for place, values in nc.items()
-        if isinstance(values, dict)
-    ]
-    columns = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
-    with (folder / "nc.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -91,8 +91,8 @@ def load(path: Path) -> MomentsFile:
 def merge(a: MomentsFile, b: MomentsFile) -> MomentsFile:
     """The moments of both sets of samples, exactly, half by half; `about` is that of `a` with the data of both.
 
-    InputError unless model, classes, input, pooling, places, sizes and classifiers agree, and when one subset of some
-    data is in both. Different subsets of the same data may overlap: that cannot be seen from here.
+    InputError unless model, classes, input, pooling, precision, places, sizes and classifiers agree, and when one
+    subset of some data is in both. Different subsets of the same data may overlap: that cannot be seen from here.
     """
     ours, theirs = _made_by(a), _made_by(b)
     for what in {**ours, **theirs}:
@@ -165,6 +165,6 @@ def _made_by(file: MomentsFile) -> dict[str, Any]:
     about, names = file.about, file.about.get("class_names", [])
     facts = {"model identity": about.get("model", {}).get("identity"), "places": [*file.places]}
     facts |= {"number of classes": len(names), **{f"name of class {k}": name for k, name in enumerate(names)}}
-    facts |= {key: about.get(key) for key in ("input", "pooling")}
+    facts |= {key: about.get(key) for key in ("input", "pooling", "precision")}
     facts |= {f"(K, D, blocks, dtype) of {place}": _kind(halved.first) for place, halved in file.places.items()}
     return facts | {f"classifier of {place}": weights_identity(_parameters(c)) for place, c in file.classifiers.items()}

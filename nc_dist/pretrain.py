@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nc_dist import checkpoint
-from nc_dist.collapse import Collapse, Observe, Probe, collapse, forwarded, gathered_features, passes_over
+from nc_dist.collapse import Collapse, collapse
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
 from nc_dist.data.order import Order, check_world, default_lanes
@@ -21,6 +21,7 @@ from nc_dist.data.stream import Batch, eval_batches, kept_shard_sizes, train_ste
 from nc_dist.data.subset import per_class, split_off
 from nc_dist.engine import DeepSpeedSpec, Engine, deepspeed_json
 from nc_dist.errors import InputError, Preempted
+from nc_dist.features import Observe, Probe, forwarded, gathered_features, passes_over
 from nc_dist.loop import Objective, Step, every, train_steps
 from nc_dist.make_engine import make_engine
 from nc_dist.model import Model, check_input, classifier_of, export

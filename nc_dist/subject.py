@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Subject:
     identity: str  # of the weights: names, shapes and values
     about: dict[str, Any]  # what it is, for result files
     step: int | None = None  # of a checkpoint
+    class_names: tuple[str, ...] | None = None  # of the classifier's classes, where known
 
 
 def open_subject(model: str, weights: str | None = None, input: InputChange = UNCHANGED, seed: int = 0) -> Subject:
@@ -69,8 +70,17 @@ def open_subject(model: str, weights: str | None = None, input: InputChange = UN
     about["made_for"] = {**named.input.model_dump(mode="json"), "interpolation": named.interpolation}
     named = named._replace(input=input.of(named.input))
     if scheme == "torchvision" and isinstance(named.net, ResNet | VisionTransformer):
-        return _from_own_family(name, named, weights, about)
-    return _from_any_net(named, weights, about)
+        subject = _from_own_family(name, named, weights, about)
+    else:
+        subject = _from_any_net(named, weights, about)
+    published = models.get_model_weights(name)[named.tag] if scheme == "torchvision" and named.tag else None
+    return _with_class_names(subject, published.meta["categories"] if published else [])
+
+
+def _with_class_names(subject: Subject, names: Sequence[str]) -> Subject:
+    """The subject with these names, if it has a classifier of as many classes."""
+    fits = subject.classifier is not None and subject.classifier.out_features == len(names)
+    return replace(subject, class_names=tuple(names)) if fits else subject
 
 
 def _no_such(model: str) -> str:
@@ -87,7 +97,7 @@ def _from_folder(folder: Path, change: InputChange) -> Subject:
     input = change.of(found.input)
     check_input(model.spec, input)
     about = {"model": str(folder), "weights": str(found.folder)}
-    return _of_model(model, input, about, step_of(folder))
+    return _with_class_names(_of_model(model, input, about, step_of(folder)), found.config.get("class_names", []))
 
 
 def _export(folder: Path) -> Path:
@@ -191,8 +201,3 @@ def subject_paths(model: str) -> list[str]:
     for path in unique.values():
         _export(path)
     return [str(path) for path in sorted(unique.values(), key=lambda p: (STEP.sub("", str(p)), step_of(p) or 0))]
-
-
-def open_subjects(model: str, weights: str | None = None, input: InputChange = UNCHANGED) -> Iterator[Subject]:
-    """`open_subject` for each of `subject_paths`, one in memory at a time."""
-    return (open_subject(path, weights, input) for path in subject_paths(model))

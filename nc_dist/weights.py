@@ -156,7 +156,7 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 def load_weights(module: nn.Module, path: str | Path, optional: Sequence[str] = ()) -> Match:
-    """Load a file into a net; InputError when a tensor is missing or of another shape.
+    """Load a file into a net; InputError when a tensor is missing or of another shape, or the file is of a larger net.
 
     Names that begin with one of `optional` (a classifier's) may be: they keep their values.
     """
@@ -168,16 +168,36 @@ def load_tensors(module: nn.Module, found: Mapping[str, Tensor], optional: Seque
     match = match_weights(found, module)
     missing = [name for name in match.missing if not name.startswith(tuple(optional))]
     wrong = [text for text in match.wrong_shape if not text.startswith(tuple(optional))]
-    if missing or wrong:
+    beyond = [name for name in _beyond(match, module) if not name.startswith(tuple(optional))]
+    if missing or wrong or beyond:
         lines = [f"{where}: does not fit the model: {len(match.matched)} tensors do"]
         if missing:
             near = [_with_nearest(name, found) for name in missing[:SHOWN]]
             lines.append(f"{len(missing)} are missing: {_some(near + missing[SHOWN:])}")
         if wrong:
             lines.append(f"{len(wrong)} have another shape: {_some(wrong)}")
+        if beyond:
+            lines.append(f"the file is of a larger net, {len(beyond)} of its tensors have no place: {_some(beyond)}")
         raise InputError("; ".join(lines) + f". The file has {_some(list(found))}")
     module.load_state_dict({name: found[match.prefix + name] for name in match.matched}, strict=False)
     return match
+
+
+def _beyond(match: Match, module: nn.Module) -> list[str]:
+    """Unexpected tensors of further members of a container, as layer3.5.conv1.weight where layer3 has two blocks.
+
+    What else is left over in a file, heads and whole other nets, says nothing against the fit.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    found = []
+    for name in (key.removeprefix(match.prefix) for key in match.unexpected if key.startswith(match.prefix)):
+        parent, member, _ = name.rpartition(".")
+        while parent not in modules:
+            parent, _, member = parent.rpartition(".")
+        # Beside the members of a net that is a container itself, a name that is no number is another net's.
+        if isinstance(modules[parent], nn.Sequential | nn.ModuleList) and (parent or member.isdecimal()):
+            found.append(name)
+    return found
 
 
 def _with_nearest(name: str, found: Mapping[str, Tensor]) -> str:

@@ -53,6 +53,14 @@ class HalvedMoments:
         """Both sets of samples, half by half; neither is changed."""
         return HalvedMoments.of(self.first.merge(other.first), self.second.merge(other.second))
 
+    def to(self, device: torch.device | str) -> HalvedMoments:
+        """A copy on the device."""
+        first, second = (
+            ClassMoments.from_state_dict({name: tensor.to(device) for name, tensor in half.state_dict().items()})
+            for half in (self.first, self.second)
+        )
+        return HalvedMoments.of(first, second)
+
     def all_reduce(self, sum_fn: SumFn) -> HalvedMoments:
         """Over all ranks, equal on each; every rank must call it."""
         return HalvedMoments.of(self.first.all_reduce(sum_fn), self.second.all_reduce(sum_fn))

@@ -6,6 +6,7 @@ are offered here. A new one is a pure function of `Moments` and one line in MOME
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -101,9 +102,9 @@ MOMENT_METRICS: dict[str, Callable[[Statistics], float]] = {
     "nc1_trace": nc1_trace,
     "nc1_trace_unbiased": nc1_trace_unbiased,
     "nc2_equinorm": lambda stats: nc2_equinorm(centred_means(stats)),
-    "nc2_equiangular": lambda stats: nc2_equiangular(centred_means(stats)),
-    "nc2_maximal_angle": lambda stats: nc2_maximal_angle(centred_means(stats)),
-    "nc2_etf": lambda stats: nc2_etf(centred_means(stats)),
+    "nc2_equiangular": lambda stats: nc2_equiangular(_few(centred_means(stats))),
+    "nc2_maximal_angle": lambda stats: nc2_maximal_angle(_few(centred_means(stats))),
+    "nc2_etf": lambda stats: nc2_etf(_few(centred_means(stats))),
     "gnc2": lambda stats: _crowded(stats, centred_means(stats)),
     "cdnv": cdnv,
     "cdnv_unbiased": cdnv_unbiased,
@@ -113,17 +114,17 @@ MOMENT_METRICS: dict[str, Callable[[Statistics], float]] = {
 }
 CLASSIFIER_METRICS: dict[str, Callable[[Statistics, Tensor, Tensor | None], float]] = {
     "nc2_equinorm_weight": lambda stats, weight, _: nc2_equinorm(present_weight(stats, weight)),
-    "nc2_equiangular_weight": lambda stats, weight, _: nc2_equiangular(present_weight(stats, weight)),
-    "nc2_maximal_angle_weight": lambda stats, weight, _: nc2_maximal_angle(present_weight(stats, weight)),
-    "nc2_etf_weight": lambda stats, weight, _: nc2_etf(present_weight(stats, weight)),
+    "nc2_equiangular_weight": lambda stats, weight, _: nc2_equiangular(_few(present_weight(stats, weight))),
+    "nc2_maximal_angle_weight": lambda stats, weight, _: nc2_maximal_angle(_few(present_weight(stats, weight))),
+    "nc2_etf_weight": lambda stats, weight, _: nc2_etf(_few(present_weight(stats, weight))),
     "nc3_papyan": lambda stats, weight, _: nc3_papyan(stats, weight),
-    "nc3_zhu": lambda stats, weight, _: nc3_zhu(stats, weight),
+    "nc3_zhu": lambda stats, weight, _: nc3_zhu(stats, _few(weight)),
     "nc3_bias": nc3_bias,
     "gnc2_weight": lambda stats, weight, _: _crowded(stats, present_weight(stats, weight)),
 }
-MOST_ROWS = 4096  # of gnc2 in a summary: ten seconds on one CPU thread
-SLOW = {"logme", "gnc2", "gnc2_weight"}
-LIVE = frozenset({*MOMENT_METRICS, *CLASSIFIER_METRICS} - SLOW)  # what is worth its time again and again in training
+MOST_ROWS = 4096  # that a summary compares in pairs: 0.13 GB a matrix, ten seconds of gnc2 on one CPU thread
+SLOW = ("logme", "gnc2", "gnc2_weight")
+LIVE = frozenset({*MOMENT_METRICS, *CLASSIFIER_METRICS} - {*SLOW})  # what is worth its time again and again in training
 
 
 def summary(
@@ -149,6 +150,8 @@ def summary(
         if only is None or name in only:
             try:
                 values[name] = compute()
+                if not math.isfinite(values[name]):
+                    raise Undefined("not finite: the features are too large or too small for fp64, rescale them")
             except Undefined as why:
                 values[name], reasons[name] = None, str(why)
     return {**values, "reasons": reasons, "warnings": warnings(values)}
@@ -157,7 +160,10 @@ def summary(
 def warnings(values: Summary) -> list[str]:
     """What speaks against NC1 of this summary."""
     found = []
-    gap, floor, value = (values.get(name) for name in ("nc1_split_half", "nc1_floor", "nc1"))
+    gap, floor, value, rank_used = (values.get(name) for name in ("nc1_split_half", "nc1_floor", "nc1", "rank"))
+    full_rank = min(values["K"] - 1, values["d"])
+    if rank_used is not None and rank_used < full_rank:
+        found.append(f"rank {rank_used} of {full_rank}: NC1 leaves out directions in which class means nearly agree")
     if gap is not None and gap > GAP_LIMIT:
         sizes = f"n = {values['n_min']}" + (f"-{values['n_max']}" if values["n_max"] > values["n_min"] else "")
         found.append(f"{sizes} a class is too small: halves of the samples give an NC1 that differs by {gap:.0%}")
@@ -182,6 +188,11 @@ def _crowded(stats: Statistics, rows_PD: Tensor) -> float:
     """GNC2, which takes the place of NC2 when there are more classes than dimensions."""
     if len(rows_PD) <= stats.dim:
         raise Undefined(f"K = {len(rows_PD)} is not above d = {stats.dim}: see nc2_etf")
+    return gnc2(_few(rows_PD))
+
+
+def _few(rows_PD: Tensor) -> Tensor:
+    """The rows, where comparing all pairs of them is no matter of gigabytes and minutes."""
     if len(rows_PD) > MOST_ROWS:
-        raise Undefined(f"K = {len(rows_PD)} is above {MOST_ROWS}, which takes minutes: call gnc2 for it")
-    return gnc2(rows_PD)
+        raise Undefined(f"K = {len(rows_PD)}: all pairs of more than {MOST_ROWS} classes; call the metric by itself")
+    return rows_PD

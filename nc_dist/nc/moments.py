@@ -22,7 +22,8 @@ SumFn = Callable[[Tensor], Tensor]
 ROWS = 1024  # samples that are worked on at a time: bounds the memory beside the sums
 CLASSES = 64  # likewise
 FAR = 2.0  # a pilot is moved when |c - mu|^2 exceeds this many times the class's variance; a sample's is 1 on average
-LARGEST = {torch.float32: 1e17, torch.float64: 1e150}  # features above it could overflow in their products
+LARGEST = {torch.float32: 1e17, torch.float64: 1e70}  # features above it could overflow in their products
+SMALLEST = {torch.float32: 1e-15, torch.float64: 1e-70}  # below it, all of a batch, they could underflow
 FLOAT_BITS = {  # mantissa bits of a type; the type its powers of two are taken in, and the mask of that type's exponent
     torch.bfloat16: (7, torch.float32, torch.int32, 0x7F800000),
     torch.float16: (10, torch.float32, torch.int32, 0x7F800000),
@@ -44,6 +45,7 @@ class ClassMoments:
 
     `dtype` is that of residuals and their products: fp32 is accurate to about 1e-7 of NC1, fp64 to 1e-13 at more than
     twice the cost. Everything is summed in fp64. `blocks` = 1 multiplies whole matrices instead of their upper blocks.
+    `rounded_to` is the type the features were computed in, where it is coarser than their own: for `quantum`.
     Takes K D 12 bytes and D^2 8 bytes (fp32), K D 16 and D^2 5 (fp64).
     """
 
@@ -55,12 +57,14 @@ class ClassMoments:
         *,
         dtype: torch.dtype = torch.float32,
         blocks: int = 8,
+        rounded_to: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if num_classes < 1 or dim < 1 or blocks < 1 or dtype not in LARGEST:
             found = f"num_classes={num_classes}, dim={dim}, blocks={blocks}, dtype={dtype}"
             raise ValueError(f"{found}: the numbers must be at least 1, dtype float32 or float64")
         self.num_classes, self.dim, self.dtype, self.blocks = num_classes, dim, dtype, blocks
+        self.rounded_to = rounded_to
         self.n_K = torch.zeros(num_classes, dtype=torch.float64, device=device)
         self.pilots_KD = torch.zeros(num_classes, dim, dtype=dtype, device=device)  # c_k
         self.sums_KD = torch.zeros(num_classes, dim, dtype=torch.float64, device=device)  # s_k, of residuals
@@ -142,7 +146,7 @@ class ClassMoments:
         self.sums_KD.index_add_(0, labels_B, residuals_BD.double())
         self.squares_K.index_add_(0, labels_B, _squares(residuals_BD))
         self.n_K += counts_K
-        self.quantum_D += quantum(feats_BD)
+        self.quantum_D += quantum(feats_BD, self.rounded_to)
 
     def _give_pilots(self, feats_BD: Tensor, labels_B: Tensor, counts_K: Tensor) -> None:
         """A class that had no sample gets its first one as its pilot."""
@@ -210,8 +214,11 @@ class ClassMoments:
             found = f"label {int(outside[0])} is outside 0..{self.num_classes - 1}"
             raise ValueError(f"{found}, as are {len(outside)} of {len(labels_B)} labels: check num_classes")
         least, most = (float(edge) for edge in feats_BD.aminmax())  # NaN if any is
-        if not max(-least, most) < LARGEST[self.dtype]:
+        peak = max(-least, most)
+        if not peak < LARGEST[self.dtype]:
             self._refuse(feats_BD, labels_B)
+        if 0 < peak < SMALLEST[self.dtype]:
+            raise ValueError(f"features below {SMALLEST[self.dtype]:g} underflow {self.dtype} products: rescale them")
 
     def _refuse(self, feats_BD: Tensor, labels_B: Tensor) -> None:
         bad_B = ~feats_BD.isfinite().all(1)
@@ -225,14 +232,15 @@ class ClassMoments:
         )
 
 
-def quantum(feats_BD: Tensor) -> Tensor:
+def quantum(feats_BD: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
     """sum_i ulp(x_ij)^2 / 12 of each coordinate j, (D,) fp64: the variance that rounding to the features' type adds.
 
     ulp(x) = 2^(floor(log2 |x|) - m) for m mantissa bits; that power of two is x with its mantissa cleared.
     """
-    mantissa, wide, bits, exponent = FLOAT_BITS[feats_BD.dtype]
+    _, wide, bits, exponent = FLOAT_BITS[feats_BD.dtype]
+    mantissa = min(FLOAT_BITS[dtype][0] for dtype in (feats_BD.dtype, rounded_to or feats_BD.dtype))
     powers_BD = (feats_BD.to(wide).view(bits) & exponent).view(wide)
-    return powers_BD.square().sum(0, dtype=torch.float64) * (4.0**-mantissa / 12)
+    return powers_BD.double().square().sum(0) * (4.0**-mantissa / 12)
 
 
 def _squares(rows_BD: Tensor) -> Tensor:

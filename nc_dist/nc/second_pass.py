@@ -58,8 +58,8 @@ class SecondPass:
 
         What has no value is None, `reasons` says why.
         """
-        samples, hits, agree, quartic = sum_fn(self._counts).tolist()
-        squares = {name: sum_fn(sums_K)[self._stats.present_P] for name, sums_K in self._squares.items()}
+        samples, hits, agree, quartic = sum_fn(self._counts.clone()).tolist()
+        squares = {name: sum_fn(sums_K.clone())[self._stats.present_P] for name, sums_K in self._squares.items()}
         classes, counts_P = len(self._stats.present_P), self._stats.counts_P
         values: dict[str, Any] = {"ncc_acc1": hits / samples if samples else None}
         reasons: dict[str, str] = {} if samples else {"ncc_acc1": "no samples"}
@@ -70,7 +70,9 @@ class SecondPass:
         if "pooled" not in squares:
             reasons |= dict.fromkeys(("nc1_per_class", "nc1_balanced"), "class means that coincide, or fewer than two")
         else:
-            values["nc1_per_class"] = (squares["pooled"] / counts_P / classes).tolist()
+            per_class = dict(zip(self._stats.present_P.tolist(), squares["pooled"] / counts_P / classes, strict=True))
+            every = range(len(self._stats.n_K))
+            values["nc1_per_class"] = [float(per_class[k]) if k in per_class else None for k in every]
             values["nc1_balanced"] = float((squares["balanced"] / counts_P).sum() / classes**2)
         for name, metric in (("h_score_shrunk", h_score_shrunk), ("vci_shrunk", vci_shrunk)):
             try:

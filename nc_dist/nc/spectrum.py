@@ -4,13 +4,12 @@ The features move, not covariances: class k goes to rank k mod P, which has all 
 Both ranks depend on n, so n is the same for every class and stands beside them; to save time, take fewer classes.
 
 Letters: N samples on this rank, n samples of one class, D feature dimensions, K classes, M classes that have samples,
-A and B any sizes; P is the number of processes.
+C classes solved together, A metrics; P is the number of processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +22,7 @@ Ranks = dict[str, float | int | None | dict[str, str]]
 
 UNCENTRED = ("numerical_rank", "stable_rank")
 METRICS = (*UNCENTRED, "numerical_rank_centred", "stable_rank_centred", "numerical_rank_share")
-
-
-class Bytes(NamedTuple):
-    """What one rank sends to the others, and what it holds at once beside the features it was given."""
-
-    sent: int
-    held: int
+CHUNK_BYTES = 2**28  # that classes solved together take, unless one alone takes more
 
 
 @torch.no_grad()
@@ -41,24 +34,10 @@ def class_spectrum(feats_nD: Tensor) -> tuple[Tensor, Tensor]:
     All in fp64: fp32 products save a fifth of the time, and cost 2 % for a class that lies in a few directions.
     Raises Undefined without samples.
     """
-    n, dim = feats_nD.shape
-    if n == 0:
+    if not len(feats_nD):
         raise Undefined("no samples")
-    pilot_D = feats_nD[0].double()
-    shifted_nD = feats_nD.double() - pilot_D  # equal samples leave exact zeros
-    offset_D = shifted_nD.mean(0)
-    residuals_nD, mean_D = shifted_nD - offset_D, pilot_D + offset_D
-    if n > dim:
-        centred = residuals_nD.T @ residuals_nD
-        uncentred = centred + n * mean_D.outer(mean_D)
-    else:
-        centred = residuals_nD @ residuals_nD.T
-        cross_n = residuals_nD @ mean_D
-        uncentred = centred + cross_n[:, None] + cross_n + mean_D @ mean_D
-    uncentred_n, centred_n = (torch.linalg.eigvalsh(gram).clamp(min=0) for gram in (uncentred, centred))
-    if n <= dim:
-        centred_n[0] = 0  # exactly, as 1^T R = 0: the square root of its rounding would count
-    return uncentred_n, centred_n
+    uncentred, centred = _spectra(feats_nD[None])
+    return uncentred[0], centred[0]
 
 
 def numerical_rank(eigenvalues: Tensor) -> float:
@@ -66,13 +45,12 @@ def numerical_rank(eigenvalues: Tensor) -> float:
 
     `eigenvalues` l as `class_spectrum` gives them; Undefined where all are zero.
     """
-    shares = _of_largest(eigenvalues)
-    return float(shares.sqrt().sum().square() / shares.sum())
+    return _defined(_ranks(eigenvalues)[0])
 
 
 def stable_rank(eigenvalues: Tensor) -> float:
     """|H|_F^2 / |H|_2^2 = sum_i l_i / max_i l_i, from 1 to min(n, D); Undefined where all are zero."""
-    return float(_of_largest(eigenvalues).sum())
+    return _defined(_ranks(eigenvalues)[1])
 
 
 @torch.no_grad()
@@ -120,9 +98,10 @@ def class_ranks(
     found_K[rank::size] = torch.tensor([len(feats_nD) for feats_nD in feats_K.values()], dtype=torch.float64)
     present_M = _present(sum_fn(found_K.to(feats_ND.device)).cpu(), per_class)
     values_KA = torch.zeros(num_classes, len(METRICS), dtype=torch.float64)
-    for k, feats_nD in feats_K.items():
-        if len(feats_nD):
-            values_KA[k] = _values(feats_nD)
+    mine = [k for k, feats_nD in feats_K.items() if len(feats_nD)]
+    step = _classes_at_once(per_class, feats_ND.shape[1])
+    for chosen in (mine[start : start + step] for start in range(0, len(mine), step)):
+        values_KA[chosen] = _values(torch.stack([feats_K[k] for k in chosen])).cpu()
     # One rank's row and zeros of the others: the sum is exact, whatever its order and however many the ranks.
     values_MA = sum_fn(values_KA.to(feats_ND.device)).cpu()[present_M]
     means, reasons = _means(values_MA, present_M, per_class)
@@ -130,28 +109,49 @@ def class_ranks(
     return {"rank_n": per_class, **counts, **means, "reasons": reasons}
 
 
-def exchange_bytes(num_classes: int, per_class: int, dim: int, itemsize: int, size: int) -> Bytes:
-    """What `by_class` costs each of `size` ranks at most, where they hold equal shares of all samples, in bytes.
+def _spectra(feats_CnD: Tensor) -> tuple[Tensor, Tensor]:
+    """`class_spectrum` of several classes at once: both (C, min(n, D)) fp64."""
+    n, dim = feats_CnD.shape[1:]
+    pilots_C1D = feats_CnD[:, :1].double()
+    shifted_CnD = feats_CnD.double() - pilots_C1D  # equal samples leave exact zeros
+    offsets_C1D = shifted_CnD.mean(1, keepdim=True)
+    residuals_CnD, means_C1D = shifted_CnD - offsets_C1D, pilots_C1D + offsets_C1D
+    if n > dim:
+        centred = residuals_CnD.mT @ residuals_CnD
+        uncentred = centred + n * means_C1D.mT * means_C1D
+    else:
+        centred = residuals_CnD @ residuals_CnD.mT
+        cross_Cn1 = residuals_CnD @ means_C1D.mT
+        uncentred = centred + cross_Cn1 + cross_Cn1.mT + means_C1D @ means_C1D.mT
+    eigenvalues, eigenvalues_centred = (torch.linalg.eigvalsh(grams).clamp(min=0) for grams in (uncentred, centred))
+    if n <= dim:
+        eigenvalues_centred[:, 0] = 0  # exactly, as 1^T R = 0: the square root of its rounding would count
+    return eigenvalues, eigenvalues_centred
 
-    `itemsize` bytes are one feature. Held at once are three copies of a share: split by destination, joined to be
-    sent, received; in one process two: as split, and by class.
-    """
-    share = -(-num_classes // size) * per_class * (dim * itemsize + 8)  # 8 for the label
-    return Bytes(sent=share * (size - 1) // size, held=share * (3 if size > 1 else 2))
+
+def _ranks(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerical and stable rank over the last axis; 0, which no rank can be, where all eigenvalues are zero."""
+    largest = eigenvalues.amax(-1, keepdim=True)
+    shares = eigenvalues / largest.where(largest > 0, 1)
+    stable = shares.sum(-1)
+    return shares.sqrt().sum(-1).square() / stable.clamp(min=1), stable
 
 
-def _of_largest(eigenvalues: Tensor) -> Tensor:
-    if not eigenvalues.any():
+def _defined(rank: Tensor) -> float:
+    if not rank:
         raise Undefined("all eigenvalues are zero")
-    return eigenvalues / eigenvalues.max()
+    return float(rank)
 
 
-def _values(feats_nD: Tensor) -> Tensor:
-    """METRICS of one class: (A,) fp64; 0, which no rank can be, for what has no value."""
-    values = list[float]()
-    for eigenvalues in class_spectrum(feats_nD):
-        values += [numerical_rank(eigenvalues), stable_rank(eigenvalues)] if eigenvalues.any() else [0.0, 0.0]
-    return torch.tensor([*values, values[2] / min(feats_nD.shape)], dtype=torch.float64)
+def _values(feats_CnD: Tensor) -> Tensor:
+    """METRICS of several classes: (C, A) fp64; 0, which no rank can be, for what has no value."""
+    uncentred, centred = (_ranks(eigenvalues) for eigenvalues in _spectra(feats_CnD))
+    return torch.stack([*uncentred, *centred, centred[0] / min(feats_CnD.shape[1:])], 1)
+
+
+def _classes_at_once(n: int, dim: int) -> int:
+    """How many classes fit CHUNK_BYTES: at most four copies of the features and of the Gram matrices, in fp64."""
+    return max(1, CHUNK_BYTES // (4 * 8 * max(1, n * dim + min(n, dim) ** 2)))
 
 
 def _means(values_MA: Tensor, present_M: Tensor, n: int) -> tuple[dict[str, float | None], dict[str, str]]:

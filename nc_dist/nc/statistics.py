@@ -70,6 +70,11 @@ class Statistics:
             raise Undefined("no samples")
         return (self.n_K / self.n_K.sum()) @ self.means_KD
 
+    def expect_within(self) -> None:
+        """Undefined when there is nothing to see within any class."""
+        if self.num_samples == len(self.present_P) > 1:
+            raise Undefined("one sample a class says nothing about the variability within it")
+
     def centred_chunks(self, centre_D: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(counts (C,), rows mu_k - mu_G (C, D)) of the non-empty classes, a few at a time.
 

@@ -33,6 +33,7 @@ def cdnv(moments: Moments) -> float:
     Galanti, Gyorgy & Hutter 2021, arXiv 2112.15121 (V_f). 0 is collapsed. Undefined when two class means coincide.
     """
     stats = moments.statistics()
+    stats.expect_within()
     variance_P = stats.within_K[stats.present_P] / stats.counts_P
     return _cdnv(stats, variance_P, torch.zeros_like(variance_P))
 
@@ -173,6 +174,7 @@ def _squared_distances(stats: Statistics) -> Iterator[tuple[Tensor, Tensor, Tens
 
 
 def _expect_more_samples_than_dims(stats: Statistics) -> None:
+    stats.expect_within()
     if stats.dim >= stats.num_samples - 1:
         raise Undefined(f"D = {stats.dim} is not less than N - 1 = {stats.num_samples - 1}: the same for any features")
 

@@ -10,6 +10,8 @@ Letters: P non-empty classes, D feature dimensions, R rank of Sigma_B, N samples
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,7 @@ def nc1_rank(moments: Moments) -> float:
 def nc1_weighted(moments: Moments) -> float:
     """NC1 with Sigma_B = sum_k (n_k/N)(mu_k - mu_G)(mu_k - mu_G)^T, the convention of LDA."""
     stats = moments.statistics()
+    stats.expect_within()
     counts_P, total = stats.counts_P, stats.num_samples
     if len(counts_P) <= stats.dim:
         rows_PD = centred_means(stats) * (counts_P / total).sqrt()[:, None]
@@ -73,8 +76,9 @@ def nc1_balanced(moments: Moments) -> float:
 def nc1_trace(moments: Moments) -> float:
     """tr Sigma_W / tr Sigma_B (Tirer et al. 2023, the quotient form of NC1)."""
     stats = moments.statistics()
-    between = stats.between_DD.trace() / len(stats.present_P)
-    return float(stats.within_K.sum() / stats.num_samples / between)
+    stats.expect_within()
+    between = sum(float(rows_CD.square().sum()) for _, rows_CD in stats.centred_chunks()) / len(stats.present_P)
+    return float(stats.within_K.sum()) / stats.num_samples / between
 
 
 def nc1_pca(moments: Moments) -> float:
@@ -98,7 +102,7 @@ def nc1_pca(moments: Moments) -> float:
 
 
 def nc1_null(moments: Moments, draws: int = NULL_DRAWS) -> float:
-    """Mean NC1 of the same features under permuted labels: what they would give if they knew nothing of the classes.
+    """Median NC1 of the same features under permuted labels: what they would give if they knew nothing of the classes.
 
     Permuting labels turns the N - 1 contrasts of the samples: with X - mu_G = U s V^T, the rows sqrt(n_k) (mu_k - mu_G)
     become random orthonormal contrasts times U s V^T. Drawn as if U could be any orthonormal basis, of which nothing
@@ -111,33 +115,40 @@ def nc1_null(moments: Moments, draws: int = NULL_DRAWS) -> float:
     values_D = values_D[values_D > inverse_root.EIGENVALUE_CUTOFF * values_D[-1]]
     if not len(values_D):
         raise Undefined("all samples coincide")
-    if total == len(counts_P):
-        return 0.0  # one sample a class, whatever its label
+    stats.expect_within()
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(draws):
         weighted_PD = _contrasts((counts_P / total).sqrt(), len(values_D), total - 1, generator) * values_D.sqrt()
         scatter_DD = values_D.diag() - weighted_PD.T @ weighted_PD
         found.append(nc1(Statistics(counts_P, weighted_PD / counts_P.sqrt()[:, None], scatter_DD, counts_P, values_D)))
-    return sum(found) / len(found)
+    return statistics.median(found)  # near K = D the draws have a heavy tail
 
 
 def _contrasts(null_P: Tensor, kept: int, size: int, generator: torch.Generator) -> Tensor:
-    """The first `kept` of `size` coordinates of random orthonormal rows, less their part along `null_P`: (P, kept).
+    """The first `kept` of `size` coordinates of random orthonormal rows, less their part along `null_P`: (P, kept)."""
+    rows_PD = _corner(len(null_P), kept, size, generator).to(null_P.device)
+    return rows_PD - null_P[:, None] * (null_P @ rows_PD)
+
+
+def _corner(rows: int, columns: int, size: int, generator: torch.Generator) -> Tensor:
+    """The upper left block of a random orthogonal matrix of `size`: (rows, columns). Takes O(rows columns min).
 
     Rows [A, B] of normal numbers, made orthonormal, are L^-1 [A, B] with L L^T = A A^T + B B^T; B B^T is drawn as a
-    whole, by Bartlett's decomposition of a Wishart matrix.
+    whole, by Bartlett's decomposition of a Wishart matrix. The transposed block has the same law.
     """
-    classes, rest = len(null_P), size - kept
-    normal_PD = torch.randn(classes, kept, generator=generator, dtype=torch.float64)
-    others_PP = torch.randn(classes, min(rest, classes), generator=generator, dtype=torch.float64)
-    if rest > classes:
-        degrees_P = rest - torch.arange(classes, dtype=torch.float64)
-        chi_P = 2 * torch._standard_gamma(degrees_P / 2, generator=generator)
-        others_PP = others_PP.tril(-1) + chi_P.sqrt().diag()
-    factor_PP: Tensor = torch.linalg.cholesky(normal_PD @ normal_PD.T + others_PP @ others_PP.T)
-    rows_PD: Tensor = torch.linalg.solve_triangular(factor_PP, normal_PD, upper=False).to(null_P.device)
-    return rows_PD - null_P[:, None] * (null_P @ rows_PD)
+    if rows > columns:
+        return _corner(columns, rows, size, generator).T
+    rest = size - columns
+    normal_RC = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    others_RR = torch.randn(rows, min(rest, rows), generator=generator, dtype=torch.float64)
+    if rest > rows:
+        degrees_R = rest - torch.arange(rows, dtype=torch.float64)
+        chi_R = 2 * torch._standard_gamma(degrees_R / 2, generator=generator)
+        others_RR = others_RR.tril(-1) + chi_R.sqrt().diag()
+    factor_RR: Tensor = torch.linalg.cholesky(normal_RC @ normal_RC.T + others_RR @ others_RR.T)
+    block_RC: Tensor = torch.linalg.solve_triangular(factor_RR, normal_RC, upper=False)
+    return block_RC
 
 
 def nc1_floor(moments: Moments) -> float:
@@ -173,6 +184,7 @@ def nc1_split_half(moments: Moments) -> float:
 
 def _trace(stats: Statistics) -> float:
     """tr(Sigma_W Sigma_B^+)."""
+    stats.expect_within()
     return _quadratic(stats.root[0], stats.scatter_DD) / stats.num_samples
 
 

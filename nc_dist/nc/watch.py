@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nc_dist.nc.halves import HalvedMoments
 from nc_dist.nc.metrics import CLASSIFIER_METRICS, Summary, summary
 from nc_dist.nc.second_pass import Classifier, SecondPass, combined
-from nc_dist.nc.watched import INPUT, Pooling, classifier_at, pooled, submodules
+from nc_dist.nc.statistics import Statistics
+from nc_dist.nc.watched import INPUT, Pooling, as_labels, classifier_at, pooled, submodules
 
 SECOND_PASS = ("ncc_acc1", "nc4", "nc1_per_class", "h_score_shrunk", "vci_shrunk")
 NOT_KEPT = "it takes a second look at the features, which cache=False does not keep"
@@ -41,6 +42,9 @@ class watch:  # lower case, as contextlib.suppress is: read in `with nc.watch(..
 
     With `cache` this rank's features stay in host memory, `cache_bytes` of them, for metrics of the second pass, which
     are None without. Sums are fp64: only `nc1_split_half` depends on which rank has which sample.
+
+    Over many ranks every sample given counts. DistributedSampler repeats samples to fill up the last batch, and these
+    count twice: for exact numbers shard without padding. All ranks of `group` must call `metrics()`, not rank 0 alone.
     """
 
     def __init__(
@@ -73,13 +77,15 @@ class watch:  # lower case, as contextlib.suppress is: read in `with nc.watch(..
 
     @torch.inference_mode(False)  # so that what is kept outlives the caller's inference mode
     @torch.no_grad()
-    def update(self, labels_B: Tensor) -> None:
+    def update(self, labels_B: Tensor | Sequence[int]) -> None:
         """Add what the last forward left, with its integer labels 0..K-1: all layers or, with an error, none.
 
+        `labels_B` is a tensor or what torch makes one of, a list or a numpy array.
         Raises ValueError, naming the layer, without a forward before it and for wrong shapes, types or labels, and
         NotFinite for NaN and Inf. The features are taken in either case: the next forward starts anew.
         """
         found, self._found = self._found, {}
+        labels_B = as_labels(labels_B)
         if idle := [layer for layer in self._modules if layer not in found]:
             raise ValueError(f"update(labels) without a forward of {idle} before it")
         moments = {layer: self._moments_of(layer, feats_BD) for layer, feats_BD in found.items()}
@@ -118,19 +124,20 @@ class watch:  # lower case, as contextlib.suppress is: read in `with nc.watch(..
         return {layer: self._summary(layer, *facts, classifier) for layer, facts in self._agreed().items()}
 
     def _summary(self, layer: str, dim: int, pooling: str, given: Classifier | None) -> Summary:
-        moments = self._moments_of(layer, torch.empty(0, dim, device=self._device)).all_reduce(self._sum)
-        acting = classifier_at(layer, self._modules[layer], moments.first.pilots_KD, given)
+        # Once: the summary and the second pass take the same statistics.
+        stats = self._moments_of(layer, torch.empty(0, dim, device=self._device)).all_reduce(self._sum).statistics()
+        acting = classifier_at(layer, self._modules[layer], stats.means_KD, given)
         classifier = None if isinstance(acting, str) else acting
-        first = summary(moments, *(classifier or (None, None)))
-        values = combined(first, self._second_pass(layer, moments, classifier))
+        first = summary(stats, *(classifier or (None, None)))
+        values = combined(first, self._second_pass(layer, stats, classifier))
         if isinstance(acting, str):
             values["reasons"] |= dict.fromkeys([*CLASSIFIER_METRICS, "nc4"], acting)
         return {**values, "pooling": pooling}
 
-    def _second_pass(self, layer: str, moments: HalvedMoments, classifier: Classifier | None) -> Summary:
+    def _second_pass(self, layer: str, stats: Statistics, classifier: Classifier | None) -> Summary:
         if not self.cache:
             return {**dict.fromkeys(SECOND_PASS), "reasons": dict.fromkeys(SECOND_PASS, NOT_KEPT)}
-        looks, device = SecondPass(moments, classifier), moments.first.n_K.device
+        looks, device = SecondPass(stats, classifier), stats.n_K.device
         for labels_B, kept in self._batches:
             looks.update(kept[layer].to(device), labels_B.to(device))
         return looks.metrics(self._sum)

@@ -22,6 +22,8 @@ AXES = {(4, "average"): (2, 3), (4, "channels_last"): (1, 2), (3, "average"): (1
 
 def submodules(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
     """The module of each layer, in the model or in the first net inside its wrappers that has all the names."""
+    if isinstance(layers, str):
+        raise ValueError(f"layers={layers!r}: give a list of names, [{layers!r}]")
     names = {layer: layer.removeprefix(INPUT) for layer in layers}
     known = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     unknown = [name for name in names.values() if name not in known]
@@ -32,6 +34,15 @@ def submodules(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
         return submodules(inner, layers)
     near = get_close_matches(unknown[0], known, n=5, cutoff=0) if unknown else list(known)
     raise ValueError(f"layers={layers}: no submodules {unknown}; names near it are {near}")
+
+
+def as_labels(labels_B: Any) -> Tensor:
+    """A tensor of what is one or holds one's numbers: a list, a numpy array. ValueError for anything else."""
+    try:
+        return torch.as_tensor(labels_B)
+    except (TypeError, ValueError, RuntimeError) as why:
+        found = f"{type(labels_B).__name__} {labels_B!r:.60}"
+        raise ValueError(f"labels {found}: expected integers, one for each sample ({why})") from None
 
 
 def pooled(layer: str, value: Any, asked: Pooling | None) -> tuple[Tensor, str]:

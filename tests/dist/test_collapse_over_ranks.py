@@ -10,7 +10,8 @@ import pytest
 import torch
 from processes import run_ranks
 
-from nc_dist.collapse import Probe, collapse, passes_over
+from nc_dist.collapse import collapse
+from nc_dist.features import Probe, passes_over
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.catalog import open_source
 from nc_dist.data.subset import per_class
@@ -26,6 +27,7 @@ def net(dtype: torch.dtype, broken: bool) -> Any:
     first, second = torch.randn(192, 40, generator=random), torch.randn(40, 12, generator=random)
 
     def forward(x: torch.Tensor) -> tuple[Outputs, dict[str, torch.Tensor]]:
+        assert len(x), "some nets cannot take an empty batch"
         wide = (x.flatten(1).double() @ first.double()).relu().to(dtype)
         last = (wide.double() @ second.double()).to(dtype)
         if broken:

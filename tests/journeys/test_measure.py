@@ -147,7 +147,9 @@ def test_a_state_dict_with_a_prefix_goes_into_a_torchvision_net(tmp_path: Path) 
     nc, result = read_json(out / "nc.json"), read_json(out / "result.json")
     assert nc == read_json(other / "nc.json")
     assert "module.encoder." in str(result["measured"][0]), "the match is reported"
-    assert len(nc) == 8 + 2 and nc["after"]["reasons"]["nc3_zhu"] == "no classifier"
+    assert len(nc) == 8 + 2
+    assert nc["after"]["reasons"]["nc3_zhu"] == "the classifier is of 7 classes, the data has 10"
+    assert nc["layer4.1"]["reasons"]["nc3_zhu"] == "no classifier"
 
 
 def test_nc1_of_every_block_is_that_of_hooks_and_a_two_pass(tmp_path: Path) -> None:
@@ -201,3 +203,32 @@ def test_a_reference_of_other_classes_or_no_moments_file_is_refused(
         assert start("measure", CONFIG, overrides, "here", False, None, False) == BAD_INPUT
         error = capsys.readouterr().err
         assert f"reference='{reference}'" in error and why in error
+
+
+def test_a_reference_of_another_model_or_input_is_refused_before_anything_starts(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = measured(tmp_path / "train", f"model={source}", "per_class=10")
+    first = next(iter(sorted((source / "checkpoints").glob("step_*"))))
+    for other, key in (([f"model={first}"], "its model is"), ([f"model={source}", "input.size=16"], "its input is")):
+        overrides = [f"out={tmp_path / 'nc'}", *other, f"reference={train}/moments.safetensors"]
+        assert start("measure", CONFIG, overrides, "here", False, None, False) == BAD_INPUT
+        assert key in capsys.readouterr().err and not (tmp_path / "nc").exists()
+
+
+def test_models_of_several_runs_keep_apart(source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(source / "export", tmp_path / f"runs/{name}/export")
+    out = measured(tmp_path / "nc", f"model={tmp_path}/runs/*/export", "per_class=10")
+    with (out / "nc.csv").open() as file:
+        assert {row["model"] for row in csv.DictReader(file)} == {"a/export", "b/export"}
+    assert read_json(out / "a/export/nc.json") == read_json(out / "b/export/nc.json")
+    tags = EventAccumulator(str(out / "tb")).Reload().Tags()["scalars"]
+    assert {"nc/a_export_before/nc1", "nc/b_export_before/nc1"} <= set(tags)
+
+
+def test_bf16_has_the_floor_of_bf16_wherever_the_net_ends_in_fp32(source: Path, tmp_path: Path) -> None:
+    nc = read_json(measured(tmp_path / "nc", f"model={source}", "per_class=10", "precision=bf16") / "nc.json")
+    exact = read_json(measured(tmp_path / "fp32", f"model={source}", "per_class=10") / "nc.json")
+    for place in ("layer1.0", "after"):
+        assert nc[place]["nc1_floor"] > 1e6 * exact[place]["nc1_floor"]

@@ -102,11 +102,11 @@ def test_show_prints_a_row_for_each_place_and_a_dash_where_there_is_no_value(a: 
     text = printed("show", a)
     assert text.splitlines()[0] == f"{a}: some net on digits part 1 (60 samples)"
     heading, *rows = table(text)
-    assert heading[:9] == ["place", "d", "K", "N", "n", "nc1", "null", "floor", "split-half"]
-    assert [row[:5] for row in rows] == [["stem", "4", "3", "60", "20"], ["after", "8", "3", "60", "20"]]
+    assert heading[:10] == ["place", "d", "K", "rank", "N", "n", "nc1", "null", "floor", "split-half"]
+    assert [row[:6] for row in rows] == [["stem", "4", "3", "2", "60", "20"], ["after", "8", "3", "2", "60", "20"]]
     names = {"null": "nc1_null", "floor": "nc1_floor", "split-half": "nc1_split_half"}
     for row, (place, values) in zip(rows, summaries(load(a)).items(), strict=True):
-        for column, cell in zip(heading[5:], row[5:], strict=True):
+        for column, cell in zip(heading[6:], row[6:], strict=True):
             value = values[names.get(column, column)]
             assert cell == ("-" if value is None else f"{value:.4g}"), (place, column)
     stem, after = (dict(zip(heading, row, strict=True)) for row in rows)
@@ -129,8 +129,15 @@ def test_show_gives_every_reason_and_warning_once_with_its_places(tmp_path: Path
 def test_show_says_every_place_and_the_range_of_class_sizes(tmp_path: Path) -> None:
     write(tmp_path / "x", 1, {"stem": 4, "after": 4}, num=61)
     text = printed("show", tmp_path / "x")
-    assert [row[4] for row in table(text)[1:]] == ["20-21", "20-21"]
+    assert [row[5] for row in table(text)[1:]] == ["20-21", "20-21"]
     assert "nc1_pca: not comparable: d = 4 is less than d0 = 2K = 6 [every place]" in text
+
+
+def test_show_says_why_a_place_has_no_rank(tmp_path: Path) -> None:
+    write(tmp_path / "one", 1, {"stem": 4}, classes=1)
+    text = printed("show", tmp_path / "one")
+    assert table(text)[1][:6] == ["stem", "4", "1", "-", "60", "60"]
+    assert "nc1, rank, nc1_null" in text
 
 
 def test_diff_as_json_has_both_values_their_difference_and_ratio(a: Path, b: Path) -> None:

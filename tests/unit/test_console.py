@@ -75,6 +75,7 @@ def test_new_rows_are_shown_and_old_ones_are_not(
 def test_a_warning_about_a_place_is_shown_once_and_measuring_shows_how_far_it_is(tmp_path: Path) -> None:
     path = tmp_path / FILE
     lines = console._lines(path)
+    assert next(lines) is None
     warned = {"step": 5, "warnings": ["heldout_after: n = 5 a class is too small: 41%", "train_after: NC1 is below"]}
     write(path, warned, {**warned, "step": 6}, {"step": 0, "measured": "model 2/3", "images": 50, "of": 200})
     assert [line for line in (next(lines) for _ in range(4)) if line] == [

@@ -63,6 +63,7 @@ def file_of(samples: Samples, subset: Any = "all", dtype: torch.dtype = torch.fl
         "data": [{"name": "digits:train", "identity": "abcd", "subset": subset, "samples": len(labels_N)}],
         "input": {"size": 32, "mean": [0.5, 0.5, 0.5]},
         "pooling": "mean",
+        "precision": "fp32",
         "versions": {"torch": "2.12"},
     }
     return MomentsFile(places, {"after": classifier()}, {**facts, **about})
@@ -223,6 +224,7 @@ def about(**values: Any) -> Any:
         (about(model={"name": "some net", "identity": "4567"}), ("model identity differs: '0123' and '4567'",)),
         (about(input={"size": 64}), ("input differs", "'size': 32", "'size': 64")),
         (about(pooling="max"), ("pooling differs: 'mean' and 'max'",)),
+        (about(precision="bf16"), ("precision differs: 'fp32' and 'bf16'",)),
         (other_classifier, ("classifier of after differs: '", "' and '")),
         (lambda file: replace(file, classifiers={}), ("classifier of after differs: '", "and None")),
     ],

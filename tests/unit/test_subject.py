@@ -22,7 +22,7 @@ from nc_dist.data.augment import InputChange, InputSpec
 from nc_dist.errors import InputError
 from nc_dist.heads import MLPHead, NoHead
 from nc_dist.model import Model, ModelSpec, export
-from nc_dist.subject import Subject, open_subject, open_subjects, subject_paths
+from nc_dist.subject import Subject, open_subject, subject_paths
 from nc_dist.subject_hooks import layout, observer
 
 Pool = Callable[[Tensor], Tensor]
@@ -346,7 +346,7 @@ def test_a_pattern_gives_the_checkpoints_by_step_without_links_and_unfinished_on
         assert subject_paths(str(folder / pattern)) == expected
     assert subject_paths(str(folder / "step_*/export")) == [f"{path}/export" for path in expected]
     for pattern in ("step_*", "step_*/export"):
-        subjects = list(open_subjects(str(folder / pattern)))
+        subjects = [open_subject(path) for path in subject_paths(str(folder / pattern))]
         assert [subject.step for subject in subjects] == [2, 10, 100]
         assert len({subject.identity for subject in subjects}) == 3
     assert open_subject(str(folder / "best")).step == 2
@@ -362,9 +362,8 @@ def test_a_plain_name_is_itself_and_a_pattern_that_fits_nothing_is_refused(tmp_p
 def test_checkpoints_without_an_export_are_refused_before_any_is_measured(tmp_path: Path) -> None:
     folder = checkpoints(tmp_path, [2, 10])
     shutil.rmtree(folder / "step_10/export")
-    for given in (subject_paths, open_subjects):
-        with pytest.raises(InputError, match=r"step_10: a checkpoint that holds only what resuming needs"):
-            given(str(folder / "step_*"))
+    with pytest.raises(InputError, match=r"step_10: a checkpoint that holds only what resuming needs"):
+        subject_paths(str(folder / "step_*"))
     with pytest.raises(InputError, match="run again so that its checkpoints hold one"):
         open_subject(str(folder / "step_10"))
 
@@ -418,6 +417,33 @@ def test_a_file_that_does_not_fit_names_model_file_and_tensors(tmp_path: Path) -
         open_subject("torchvision:resnet34", file, InputChange(size=32))
     with pytest.raises(InputError, match=r"have another shape: layer1.0.conv1.weight \(64, 64, 3, 3\) for"):
         open_subject("torchvision:resnet50", file, InputChange(size=32))
+    deeper = save(torchvision.models.resnet34().state_dict(), tmp_path / "w34.pth")
+    with pytest.raises(InputError, match=r"w34.pth: .* larger net, 96 of its tensors have no place: layer1.2.conv1"):
+        open_subject("torchvision:resnet18", deeper, InputChange(size=32))
+
+
+def test_the_classes_have_the_names_that_an_export_tells(tmp_path: Path) -> None:
+    for names, expected in ((list("abcde"), tuple("abcde")), (list("abcd"), None), ([], None)):
+        export(small(), tmp_path / "export", InputSpec(size=8), names, {})
+        assert open_subject(str(tmp_path)).class_names == expected
+    export(small(classes=0), tmp_path / "export", InputSpec(size=8), list("abcde"), {})
+    headless = open_subject(str(tmp_path))
+    assert headless.classifier is None and headless.class_names is None
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_the_classes_have_the_names_of_a_tag_of_torchvision_if_they_are_as_many(name: str, tmp_path: Path) -> None:
+    published = torchvision.models.get_model_weights(name).DEFAULT
+    make, input = torchvision.models.get_model, InputChange(size=32)
+    file = save(make(name).state_dict(), tmp_path / "w.pth")
+    for tag in (published.name, "DEFAULT"):
+        found = open_subject(f"torchvision:{name}/{tag}", file, input).class_names
+        assert found == tuple(published.meta["categories"]) and found[0] == "tench"
+    assert open_subject(f"torchvision:{name}", file, input).class_names is None
+    few = save(make(name, num_classes=7).state_dict(), tmp_path / "w.pth")
+    assert open_subject(f"torchvision:{name}/DEFAULT", few, input).class_names is None
+    none = save(make(name).state_dict(), tmp_path / "w.pth", without={"resnet18": "fc."}.get(name, "classifier.3."))
+    assert open_subject(f"torchvision:{name}/DEFAULT", none, input).class_names is None
 
 
 def test_a_tag_with_a_file_says_what_the_file_is_for_and_nothing_is_downloaded(tmp_path: Path) -> None:

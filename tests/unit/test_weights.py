@@ -217,6 +217,53 @@ def test_counters_of_batch_norm_may_be_missing_and_what_is_not_used_is_told(tmp_
     assert str(match) == "8 of 8 tensors; 1 of the file not used"
 
 
+class Staged(nn.Module):
+    """Blocks in containers of each kind, and a classifier."""
+
+    def __init__(self, layers: int = 2, blocks: int = 2) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(*(Net() for _ in range(layers)))
+        self.blocks = nn.ModuleList(Net() for _ in range(blocks))
+        self.fc = nn.Sequential(nn.ReLU(), nn.Linear(5, 4))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "a.b."])
+@pytest.mark.parametrize("larger, named", [({"layers": 3}, "layer.2.conv1.weight"), ({"blocks": 4}, "blocks.2.conv1")])
+def test_the_file_of_a_larger_net_is_refused_and_nothing_is_loaded(
+    larger: dict[str, int], named: str, prefix: str, tmp_path: Path
+) -> None:
+    net = Staged()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.save(prefixed(Staged(**larger).state_dict(), prefix), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=f"of a larger net, {9 * (sum(larger.values()) - 2)} of its tensors .*{named}"):
+        load_weights(net, tmp_path / "w.pt", optional=["fc."])
+    assert same(net.state_dict(), before)
+
+
+def test_the_file_of_a_longer_sequential_is_refused_but_heads_beside_it_are_not(tmp_path: Path) -> None:
+    net, longer = (nn.Sequential(*(nn.Linear(3, 3) for _ in range(size))) for size in (2, 3))
+    torch.save(longer.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="2.weight, 2.bias"):
+        load_weights(net, tmp_path / "w.pt")
+    torch.save({**net.state_dict(), **prefixed(longer.state_dict(), "projector.")}, tmp_path / "w.pt")
+    assert len(load_weights(net, tmp_path / "w.pt").unexpected) == 6
+
+
+def test_other_nets_heads_and_classifiers_may_be_left_over(tmp_path: Path) -> None:
+    state = Staged().state_dict()
+    more = {
+        **prefixed(Staged(layers=9).state_dict(), "module.encoder_k."),
+        **prefixed(drawn(2), "module.encoder_q.projector."),
+        "module.encoder_q.fc.4.weight": torch.zeros(9),
+        "module.encoder_q.layer.0.conv1.weight_average": torch.zeros(9),
+        "module.queue": torch.zeros(9),
+    }
+    torch.save({**prefixed(state, "module.encoder_q."), **more}, tmp_path / "w.pt")
+    net = Staged()
+    match = load_weights(net, tmp_path / "w.pt", optional=["fc."])
+    assert same(net.state_dict(), state) and match.unexpected == tuple(more)
+
+
 def test_the_identity_of_weights_is_of_names_shapes_types_and_values_alone() -> None:
     state = drawn(1)
     reordered = {name: state[name].clone() for name in reversed(state) if "num_batches" not in name}

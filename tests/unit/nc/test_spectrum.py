@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nc_dist.nc.spectrum import class_ranks, class_spectrum, exchange_bytes, numerical_rank, stable_rank
+from nc_dist.nc import spectrum
+from nc_dist.nc.spectrum import class_ranks, class_spectrum, numerical_rank, stable_rank
 from nc_dist.nc.statistics import Undefined
 
 # Noise spectrum i^-power, rho = tr(Sigma_W)/|mu|^2, and the error of the uncentred numerical rank in fp32.
@@ -127,6 +128,35 @@ def test_ranks_are_means_over_the_classes_that_have_samples() -> None:
     assert values["reasons"] == {}
 
 
+@pytest.mark.parametrize(("n", "dim"), [(12, 30), (12, 12), (30, 12), (1, 5)])
+def test_classes_solved_together_have_the_ranks_that_each_has_alone(n: int, dim: int) -> None:
+    feats, labels = classes(n, 0, n, n, n, dim=dim)
+    feats[labels == 3] = feats[labels == 3][:1]  # equal samples: none about their mean
+    together = spectrum._values(torch.stack([feats[labels == k] for k in (0, 2, 3, 4)]))
+    assert together.shape == (4, len(spectrum.METRICS)) and together.dtype == torch.float64
+    for k, values in zip((0, 2, 3, 4), together.tolist(), strict=True):
+        for number, (rank, spectra) in enumerate((r, s) for s in (0, 1) for r in (numerical_rank, stable_rank)):
+            eigenvalues = class_spectrum(feats[labels == k])[spectra]
+            expected = rank(eigenvalues) if eigenvalues.any() else 0
+            assert values[number] == pytest.approx(expected, rel=1e-12)
+        assert values[4] == values[2] / min(n, dim)
+        assert (values[2] == 0) == (k == 3 or n == 1)
+
+
+@pytest.mark.parametrize(("chunk_bytes", "solved"), [(1, [1, 1, 1, 1, 1]), (2 * 32 * (12 * 30 + 144), [2, 2, 1])])
+def test_classes_are_solved_together_as_far_as_the_memory_allows(
+    chunk_bytes: int, solved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feats, labels = classes(12, 12, 12, 0, 12, 12)
+    at_once = class_ranks(feats, labels, 6, 12)
+    sizes, values = list[int](), spectrum._values
+    monkeypatch.setattr(spectrum, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(spectrum, "_values", lambda feats_CnD: sizes.append(len(feats_CnD)) or values(feats_CnD))
+    found = class_ranks(feats, labels, 6, 12)
+    assert sizes == solved
+    assert {**found, "reasons": 0} == pytest.approx({**at_once, "reasons": 0}, rel=1e-12)
+
+
 def test_the_share_is_of_the_dimensions_where_these_are_fewer() -> None:
     values = class_ranks(*classes(12, 12, dim=5), 2, 12)
     assert values["numerical_rank_share"] == pytest.approx(values["numerical_rank_centred"] / 5, rel=1e-12)  # type: ignore[operator]
@@ -176,10 +206,3 @@ def test_without_any_sample_nothing_has_a_value() -> None:
 def test_features_and_labels_that_do_not_fit_are_refused(feats: Tensor, labels: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         class_ranks(feats, labels, 2, 1)
-
-
-def test_the_cost_of_imagenet_on_eight_ranks_is_a_quarter_of_a_gigabyte_each_way() -> None:
-    cost = exchange_bytes(1000, 500, 2048, 2, 8)
-    share = 125 * 500 * (2048 * 2 + 8)
-    assert cost == (share * 7 // 8, 3 * share) and 0.22e9 < cost.sent < 0.26e9
-    assert exchange_bytes(10, 500, 2048, 2, 1).sent == 0

@@ -6,6 +6,8 @@ Letters: B samples, K classes, D dimensions.
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,8 +96,8 @@ def test_what_stands_on_class_means_has_no_value_without_them(case: str, reason:
 
 def test_values_that_are_known_for_degenerate_features() -> None:
     found = {case: summary(exact(*CASES[case])) for case in CASES}
-    assert [found["one sample a class"][name] for name in ("nc1", "nc1_trace", "nc1_rank", "n_max")] == [0, 0, 0, 1]
-    assert "one sample a class" in found["one sample a class"]["reasons"]["nc1_dof"]
+    for name in ("nc1", "nc1_trace", "nc1_rank", "nc1_weighted", "nc1_balanced", "nc1_null", "cdnv", "nc1_dof"):
+        assert "one sample a class" in found["one sample a class"]["reasons"][name], name
     assert found["no noise"]["nc1"] < 1e-30
     assert found["two coincident means"]["rank"] == 1 and found["two classes"]["rank"] == 1
     assert found["two classes"]["nc2_etf"] == pytest.approx(0, abs=1e-12)  # two centred means oppose each other
@@ -150,11 +152,31 @@ def test_only_what_was_asked_for_is_computed() -> None:
 
 
 def test_warnings_say_how_uneven_classes_are() -> None:
-    values = {"n_min": 3, "n_max": 9, "nc1_split_half": 0.1, "nc1": 1.0, "nc1_floor": 0.1}
+    values = {"K": 4, "d": 8, "rank": 3, "n_min": 3, "n_max": 9, "nc1_split_half": 0.1, "nc1": 1.0, "nc1_floor": 0.1}
     assert warnings(values)[0].startswith("n = 3-9 a class is too small") and "10%" in warnings(values)[0]
     assert warnings({**values, "nc1_split_half": 0.04}) == []
     assert warnings({**values, "nc1_split_half": None, "nc1_floor": None, "nc1": None}) == []
     assert "0.2 is below 3 x 0.1" in warnings({**values, "nc1": 0.2})[1]
+    assert "rank 2 of 3" in warnings({**values, "rank": 2})[0]
+
+
+def test_a_direction_below_the_cut_off_is_told() -> None:
+    """Two classes with one true mean: the direction between them, where all of NC1 would be, is under the cut-off."""
+    random = torch.Generator().manual_seed(0)
+    means = torch.randn(6, 16, generator=random, dtype=torch.float64)
+    means[1] = means[0]
+    labels = torch.arange(6).repeat(1000)
+    noise = 1e-7 * torch.randn(6000, 16, generator=random, dtype=torch.float64)
+    found = summary(exact(means[labels] + noise, labels, 6))
+    assert found["rank"] == 4 and "rank 4 of 5" in found["warnings"][0]
+
+
+def test_features_out_of_the_range_of_fp64_products_have_no_value_and_a_reason() -> None:
+    feats_BD, labels_B = clusters(3, 12, 30, 1.0)
+    stats = exact(feats_BD, labels_B, 3)
+    found = summary(replace(stats, quantum_D=stats.quantum_D * torch.inf))
+    assert found["nc1_floor"] is None and "not finite" in found["reasons"]["nc1_floor"]
+    assert all(value is None or math.isfinite(value) for value in found.values() if not isinstance(value, dict | list))
 
 
 def test_a_classifier_of_other_features_is_refused() -> None:

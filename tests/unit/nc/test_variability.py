@@ -162,7 +162,7 @@ def test_means_that_differ_by_rounding_alone_are_no_direction() -> None:
     """As a merge leaves them: equal but for the last bit."""
     means_KD = torch.full((3, 8), 0.1, dtype=torch.float64)
     means_KD[1] = torch.nextafter(means_KD[1], torch.ones(8).double())
-    ones_K = torch.ones(3).double()
+    ones_K = torch.full((3,), 2.0).double()
     with pytest.raises(Undefined, match="coincide"):
         nc1(Statistics(ones_K, means_KD, torch.eye(8).double(), ones_K, torch.zeros(8)))
 

@@ -234,6 +234,30 @@ def test_a_refused_first_batch_leaves_nothing_behind() -> None:
     assert w.metrics() == watched(net, ["conv"], [(x, y)])
 
 
+def test_labels_may_be_lists_and_arrays_and_what_is_neither_is_refused() -> None:
+    net, data = small_net().eval(), batches()
+    with watch(net, ["conv", "input:fc"], CLASSES) as w:
+        for (x, y), kind in zip(data, (list, Tensor.tolist, Tensor.numpy), strict=True):
+            net(x)
+            w.update(kind(y))
+        net(data[0][0])
+        with pytest.raises(ValueError, match="labels list .*expected integers"):
+            w.update(["cat"] * BATCHES[0])  # type: ignore[list-item]
+    assert w.metrics() == watched(net, ["conv", "input:fc"], data)
+
+
+def test_one_layer_that_is_no_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="layers='conv': give a list"):
+        watch(small_net(), "conv", CLASSES)
+
+
+def test_the_statistics_of_a_layer_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, whole = [], HalvedMoments.whole
+    monkeypatch.setattr(HalvedMoments, "whole", lambda halved: made.append(halved) or whole(halved))
+    watched(small_net().eval(), ["conv", "input:fc"], batches())
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_metrics_are_the_same_in_every_grad_mode_and_read_outside_of_it(mode: Any) -> None:
     net, data = small_net().eval(), batches()

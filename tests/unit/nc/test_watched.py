@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nc_dist.nc.watched import classifier_at, pooled, submodules
+from nc_dist.nc.watched import as_labels, classifier_at, pooled, submodules
 
 
 def net() -> nn.Sequential:
@@ -48,6 +48,27 @@ def test_unknown_names_are_refused_with_the_nearest_ones(times: int) -> None:
         submodules(wrapped(net(), times), ["fc", "input:cnov"])
     with pytest.raises(ValueError, match=r"layers=\[\].*'flat'"):
         submodules(wrapped(net(), times), [])
+
+
+def test_one_name_instead_of_a_list_is_refused_with_the_list_it_should_be() -> None:
+    with pytest.raises(ValueError, match=r"layers='fc': give a list of names, \['fc'\]"):
+        submodules(net(), "fc")
+
+
+def test_labels_of_any_kind_become_a_tensor() -> None:
+    labels = torch.tensor([2, 0, 1])
+    assert as_labels(labels) is labels
+    for given in ([2, 0, 1], (2, 0, 1), list(labels), labels.numpy()):
+        found = as_labels(given)
+        assert found.dtype == torch.int64 and found.equal(labels)
+
+
+@pytest.mark.parametrize("labels", [None, "cat", ["cat", "dog"], [[1], [1, 2]], {0: 1}, object()])
+def test_what_is_no_labels_is_refused(labels: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^labels {type(labels).__name__} .*: expected integers, one for each sample"
+    ):
+        as_labels(labels)
 
 
 MAP, SEQUENCE, ROWS = torch.rand(5, 6, 4, 3), torch.rand(5, 7, 6), torch.rand(5, 6)
