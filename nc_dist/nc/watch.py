@@ -48,8 +48,8 @@ class watch:  # lower case, as contextlib.suppress is: read in `with nc.watch(..
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str], num_classes: int, *, group: dist.ProcessGroup | None = None,
-        cache: bool = True, pooling: Mapping[str, Pooling] | None = None,
+        self, model: nn.Module, layers: Sequence[str], num_classes: int, group: dist.ProcessGroup | None = None,
+        *, cache: bool = True, pooling: Mapping[str, Pooling] | None = None,
     ) -> None:  # fmt: skip
         self._modules, self._asked = submodules(model, layers), dict(pooling or {})
         if self._asked.keys() - self._modules.keys():
