@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet50
 
-from nc_dist.collapse import Probe, collapse, forwarded
+from nc_dist.collapse import collapse
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.source import ArraySource
 from nc_dist.data.stream import Batch, eval_batches
 from nc_dist.engine import evaluating
+from nc_dist.features import Probe, forwarded
 from nc_dist.nc import ClassMoments, HalvedMoments, Statistics
 from nc_dist.nc.metrics import nc1
 from nc_dist.subject import open_subject
@@ -182,15 +183,15 @@ def forward_share(device: str, rounds: int) -> None:
         print(f"  {name}: {1e3 * took:.3f} ms, {100 * took / forward:.2f} %")
 
 
-def measure_all_blocks(device: str, samples: int, threads: int) -> None:
+def measure_all_blocks(device: str, samples: int, threads: int, size: int = 224) -> None:
     """NC at all blocks of ResNet-50 against the forward alone: the same images, in turn, two rounds each."""
     torch.set_num_threads(threads)
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (samples, 224, 224), dtype=np.uint8)
+    images = random.integers(0, 256, (samples, size, size), dtype=np.uint8)
     source = ArraySource("noise:train", [str(k) for k in range(10)], images, np.arange(samples, dtype=np.int64) % 10)
     world, subject = World(device=torch.device(device)), open_subject("torchvision:resnet50")
     subject.module.to(device)
-    spec, names = InputSpec(size=224), [block.name for block in subject.blocks]
+    spec, names = InputSpec(size=size), [block.name for block in subject.blocks]
     positions = np.arange(samples)
 
     def batches() -> Iterator[Batch]:
@@ -212,10 +213,11 @@ def measure_all_blocks(device: str, samples: int, threads: int) -> None:
     with evaluating(subject.module):
         pairs = [(timed(forward_alone, device), timed(measured, device)) for _ in range(2)]
     ratios = ", ".join(f"{with_nc / alone:.3f}" for alone, with_nc in pairs)
-    print(
-        f"\nResNet-50, 224 px, {samples} images, {len(names)} blocks and the last features, every metric, {threads} "
-        f"threads:\n  forward alone {pairs[0][0]:.1f} s, with NC {pairs[0][1]:.1f} s; ratios {ratios}"
+    what = (
+        f"{samples} images of 10 classes, {len(names)} blocks and the last features, every metric, {threads} thread(s)"
     )
+    times = f"forward alone {pairs[0][0]:.1f} s, with NC {pairs[0][1]:.1f} s; ratios {ratios}"
+    print(f"\nResNet-50, {size} px, {what}:\n  {times}")
 
 
 def main() -> None:

@@ -146,7 +146,7 @@ class ClassMoments:
         self.sums_KD.index_add_(0, labels_B, residuals_BD.double())
         self.squares_K.index_add_(0, labels_B, _squares(residuals_BD))
         self.n_K += counts_K
-        self.quantum_D += quantum(feats_BD, self.rounded_to)
+        self.quantum_D += quantum(feats_BD, self.rounded_to, self.dtype)
 
     def _give_pilots(self, feats_BD: Tensor, labels_B: Tensor, counts_K: Tensor) -> None:
         """A class that had no sample gets its first one as its pilot."""
@@ -232,21 +232,21 @@ class ClassMoments:
         )
 
 
-def quantum(feats_BD: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
+def quantum(feats_BD: Tensor, rounded_to: torch.dtype | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """sum_i ulp(x_ij)^2 / 12 of each coordinate j, (D,) fp64: the variance that rounding to the features' type adds.
 
-    ulp(x) = 2^(floor(log2 |x|) - m) for m mantissa bits; that power of two is x with its mantissa cleared.
+    Squares are taken in `dtype`. ulp(x) = 2^(floor(log2 |x|) - m) for m mantissa bits; that power of two is x with its mantissa cleared.
     """
     _, wide, bits, exponent = FLOAT_BITS[feats_BD.dtype]
     mantissa = min(FLOAT_BITS[dtype][0] for dtype in (feats_BD.dtype, rounded_to or feats_BD.dtype))
     powers_BD = (feats_BD.to(wide).view(bits) & exponent).view(wide)
-    return powers_BD.double().square().sum(0) * (4.0**-mantissa / 12)
+    return powers_BD.to(dtype).square().sum(0, dtype=torch.float64) * (4.0**-mantissa / 12)
 
 
 def _squares(rows_BD: Tensor) -> Tensor:
-    """Squared norms of rows, (B,) fp64."""
-    norms_B: Tensor = torch.linalg.vector_norm(rows_BD, dim=1, dtype=torch.float64)
-    return norms_B.square()
+    """Squared norms of rows, (B,) fp64, accurate to the rows' type."""
+    norms_B: Tensor = torch.linalg.vector_norm(rows_BD, dim=1)
+    return norms_B.double().square()
 
 
 def _parts(num_classes: int) -> Iterator[slice]:
