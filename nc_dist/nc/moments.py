@@ -235,7 +235,8 @@ class ClassMoments:
 def quantum(feats_BD: Tensor, rounded_to: torch.dtype | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """sum_i ulp(x_ij)^2 / 12 of each coordinate j, (D,) fp64: the variance that rounding to the features' type adds.
 
-    Squares are taken in `dtype`. ulp(x) = 2^(floor(log2 |x|) - m) for m mantissa bits; that power of two is x with its mantissa cleared.
+    ulp(x) = 2^(floor(log2 |x|) - m) for m mantissa bits; that power of two is x with its mantissa cleared. `rounded_to`
+    is a coarser type than the features' own, where they were computed in it; squares are taken in `dtype`.
     """
     _, wide, bits, exponent = FLOAT_BITS[feats_BD.dtype]
     mantissa = min(FLOAT_BITS[dtype][0] for dtype in (feats_BD.dtype, rounded_to or feats_BD.dtype))
