@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from nc_dist.data.augment import InputSpec
+from nc_dist.data.augment import InputSpec, Interpolation
 from nc_dist.errors import InputError
 
 IMAGENET = InputSpec(size=224, crop=0.875, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -25,7 +25,7 @@ AUXILIARY = ("googlenet", "inception_v3")  # have classifiers of inner layers, w
 class Named(NamedTuple):
     """A net in eval mode, the input it is for, and the tag of the weights it has (None: random ones).
 
-    `interpolation` is how its authors resize images, which InputSpec does not say.
+    `interpolation` is how its authors resize images; the input has it where it is bilinear or bicubic.
     """
 
     net: nn.Module
@@ -68,7 +68,13 @@ def from_torchvision(name: str, tag: str | None, download: bool, size: int | Non
 
 def _input_of_torchvision(transforms: Any) -> InputSpec:
     [size], [resize] = transforms.crop_size, transforms.resize_size
-    return InputSpec(size=size, crop=min(size / resize, 1.0), mean=tuple(transforms.mean), std=tuple(transforms.std))
+    return InputSpec(
+        size=size,
+        crop=min(size / resize, 1.0),
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        interpolation=_known(transforms.interpolation.value),
+    )
 
 
 def from_timm(name: str, tag: str | None, download: bool, size: int | None, seed: int) -> Named:
@@ -102,7 +108,18 @@ def _input_of_timm(name: str, config: dict[str, Any]) -> InputSpec:
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:
         raise InputError(f"timm:{name}: takes images of {config['input_size']}; only square RGB images are supported")
-    return InputSpec(size=height, crop=min(config["crop_pct"], 1.0), mean=config["mean"], std=config["std"])
+    return InputSpec(
+        size=height,
+        crop=min(config["crop_pct"], 1.0),
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=_known(config["interpolation"]),
+    )
+
+
+def _known(interpolation: str) -> Interpolation:
+    """What InputSpec has of it; others are rare, and stand in the result beside what was used."""
+    return "bicubic" if interpolation == "bicubic" else "bilinear"
 
 
 def _no_download(name: str, url: str, error: Exception) -> str:

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize, resized_crop
 
 from nc_dist.spec import Spec
 
 Triple = tuple[float, float, float]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class InputSpec(Spec):
@@ -27,6 +29,7 @@ class InputSpec(Spec):
     crop: float = Field(1.0, gt=0, le=1)  # evaluation: short side to size/crop, then the centre; 0.875 is ImageNet's
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.25, 0.25, 0.25)
+    interpolation: Interpolation = "bilinear"  # of the evaluation's resize
 
 
 class InputChange(Spec):
@@ -36,6 +39,7 @@ class InputChange(Spec):
     crop: float | None = Field(None, gt=0, le=1)
     mean: Triple | None = None
     std: Triple | None = None
+    interpolation: Interpolation | None = None
 
     def of(self, input: InputSpec) -> InputSpec:
         """The input with the changes."""
@@ -96,7 +100,8 @@ def evaluation(image: Tensor, size: InputSpec) -> Tensor:
     if image.shape[1:] == (size.size, size.size):
         return image
     short = round(size.size / size.crop)
-    resized: Tensor = center_crop(resize(image, [short], antialias=True), [size.size, size.size])
+    mode = InterpolationMode(size.interpolation)
+    resized: Tensor = center_crop(resize(image, [short], mode, antialias=True), [size.size, size.size])
     return resized
 
 

@@ -19,6 +19,14 @@ def test_evaluation_has_the_input_size(shape: tuple[int, int], crop: float) -> N
     assert set(out.unique().tolist()) == {7}
 
 
+def test_evaluation_resizes_as_the_input_says() -> None:
+    """A bicubic resize overshoots at an edge, a bilinear one never does."""
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    image[:, :, 4:] = 200
+    assert evaluation(image, InputSpec(size=32)).max() == 200
+    assert evaluation(image, InputSpec(size=32, interpolation="bicubic")).max() > 200
+
+
 def test_evaluation_takes_the_centre_and_leaves_an_image_of_the_size_alone() -> None:
     image = torch.zeros(3, 10, 30, dtype=torch.uint8)
     image[:, :, 10:20] = 9

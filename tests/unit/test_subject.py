@@ -452,7 +452,9 @@ def test_a_tag_with_a_file_says_what_the_file_is_for_and_nothing_is_downloaded(t
     assert subject.input == InputSpec(size=224, crop=224 / 256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     many = timm.create_model("vit_tiny_patch16_224.augreg_in21k")
     subject = open_subject("timm:vit_tiny_patch16_224/augreg_in21k", save(many.state_dict(), tmp_path / "t.pth"))
-    assert subject.input == InputSpec(size=224, crop=0.9, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert subject.input == InputSpec(
+        size=224, crop=0.9, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic"
+    )
     assert subject.about["made_for"]["interpolation"] == "bicubic"
     assert subject.classifier is not None and subject.classifier.out_features == 21843
 
