@@ -126,6 +126,18 @@ def progress_line(row: Row, first: Row, nc1: float | None) -> str:
     return " ".join(parts)
 
 
+def measured_lines(result: Row) -> Iterator[str]:
+    """NC1 of a measured model at each place, with what it is to be read with."""
+    last = result["measured"][-1]
+    yield f"  {last['model']}, weights: {last.get('weights')}" + (f", {last['match']}" if "match" in last else "")
+    names = ("d", "nc1", "nc1_null", "nc1_pca", "nc1_split_half")
+    yield "  " + f"{'place':<20}" + "".join(f"{name:>15}" for name in names)
+    for place, values in result["nc"].items():
+        if isinstance(values, dict):
+            shown = ["-" if values.get(name) is None else f"{values[name]:.4g}" for name in names]
+            yield "  " + f"{place:<20}" + "".join(f"{value:>15}" for value in shown)
+
+
 def _short(value: float) -> str:
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
 

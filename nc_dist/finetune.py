@@ -24,12 +24,13 @@ from nc_dist.data.subset import per_class
 from nc_dist.engine import DeepSpeedSpec, evaluating
 from nc_dist.errors import InputError, Preempted
 from nc_dist.features import Probe, forwarded, gathered_features, passes_over
+from nc_dist.identity import hash_file
 from nc_dist.loop import Objective, every, train_steps
 from nc_dist.losses import CrossEntropy
 from nc_dist.make_engine import make_engine
 from nc_dist.methods import LinearProbe
 from nc_dist.methods.freezing import train_mode, trainable
-from nc_dist.model import Exported, Model, classifier_of, export, load_exported
+from nc_dist.model import Exported, Model, classifier_of, export, export_folder, load_exported
 from nc_dist.nc.metrics import LIVE
 from nc_dist.probe import fit
 from nc_dist.tracking import Tracker, flat_probes
@@ -93,6 +94,7 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[s
     after = measure_splits(run, data, model, exported.input, world)
     result = {
         **ledger_names(run, exported),
+        "source_weights": hash_file(exported.folder / "model.safetensors"),
         "accuracy": after["test"]["acc1"],
         "metric": "top1",
         "nc1_source": exported.config.get("nc1_source"),
@@ -248,6 +250,15 @@ def check(run: FinetuneRun, world_size: int) -> dict[str, Any]:
         "trained parameters": f"{trained} of {total} ({100 * trained / total:.2f} %)",
         "images read and decoded as a check": f"{seen} of {len(data.positions)}",
     }
+
+
+def changed(run: FinetuneRun, result: dict[str, Any]) -> str | None:
+    """Why the result is out of date: other weights of the source; None also where the source is gone."""
+    try:
+        now = hash_file(export_folder(run.source) / "model.safetensors")
+    except InputError:
+        return None
+    return f"source={run.source} has other weights now" if result.get("source_weights", now) != now else None
 
 
 def check_target(run: FinetuneRun) -> tuple[TargetSet, Model]:

@@ -80,7 +80,7 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
         except NotFinite as error:
             raise InputError(f"model={path}: {error}") from None
         nc = explained(found.by_place(subject.headless), mismatch(subject, probe))
-        measured.append({"model": path, "step": subject.step, **subject.about, "nc": nc})
+        measured.append({**_row(path, subject), "nc": nc})
         if world.rank == 0:
             file = MomentsFile(found.moments, classifiers_of(subject, probe), about_subject(run, subject, probe))
             write(out / name if len(paths) > 1 else out, f"{subject.about['model']} on {run.data}", nc, file)
@@ -106,6 +106,23 @@ def measure(run: MeasureRun, world: World, stop: Callable[[], bool]) -> dict[str
         "device": world.device_name,
         "seconds": time.time() - began,
     }
+
+
+def _row(path: str, subject: Subject) -> dict[str, Any]:
+    return {**subject.about, "model": path, "step": subject.step, "identity": subject.identity}
+
+
+def changed(run: MeasureRun, result: dict[str, Any]) -> str | None:
+    """Why the result is out of date: other checkpoints under the glob, or other weights under the same name."""
+    try:
+        now = {path: open_subject(path, run.weights, run.input, run.seed).identity for path in subject_paths(run.model)}
+    except InputError:
+        return None  # the models are gone: what was measured stays
+    then = {row["model"]: row.get("identity") for row in result["measured"]}
+    if now.keys() != then.keys():
+        return f"model={run.model!r} now names {len(now)} models, then {len(then)}, not the same"
+    other = [path for path in now if now[path] != then[path]]
+    return f"{other[0]} has other weights now" if other else None
 
 
 def measure_subject(

@@ -127,8 +127,16 @@ def flat_probes(nc: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def nc_warnings(nc: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What speaks against the numbers of several probes, {"warnings": ["<probe>_<place>: ...", ..]}, or nothing."""
-    places = {f"{probe}_{place}": values for probe, found in nc.items() for place, values in found.items()}
-    measured = {name: values for name, values in places.items() if isinstance(values, dict)}
-    found = [f"{name}: {what}" for name, values in measured.items() for what in values.get("warnings", [])]
-    return {"warnings": found} if found else {}
+    """What speaks against the numbers of several probes, {"warnings": ["<probe>: ...", ..]}, or nothing.
+
+    One line for each probe and kind of warning: the first place it is about, and how many more.
+    """
+    lines = []
+    for probe, places in nc.items():
+        kinds: dict[str, list[tuple[str, str]]] = {}
+        for place, values in places.items():
+            for what in values.get("warnings", []) if isinstance(values, dict) else []:
+                kinds.setdefault(what.split()[0], []).append((place, what))
+        for (place, what), *more in kinds.values():
+            lines.append(f"{probe}: {what}, at {place}" + (f" and {len(more)} more places" if more else ""))
+    return {"warnings": lines} if lines else {}

@@ -61,7 +61,7 @@ def open_source(text: str, split: str = "train") -> Source:
     if folder.is_dir():
         return open_folder(folder)
     near = difflib.get_close_matches(name, CATALOG, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise InputError(f"{text!r}: no such folder, and no catalogued set{hint} The catalogue: {', '.join(CATALOG)}")
 
 

@@ -42,7 +42,10 @@ def start(journey: str, file: Path, overrides: list[str], on: On, dry_run: bool,
         _refuse_working_dir(folder)
         if is_leader() and not fresh:
             check_same(spec, folder)
-        if not isinstance(spec, SweepRun) and not fresh and not dry_run and result_of(folder) is not None:
+        finished = result_of(folder)
+        if not isinstance(spec, SweepRun) and not fresh and not dry_run and finished is not None:
+            if changed := JOURNEYS[journey].changed(spec, finished):
+                raise InputError(f"{folder}: finished, but {changed}; --fresh runs it anew, --name elsewhere")
             _say(f"{folder} is finished already; --fresh runs it anew")
             return DONE
         work = _sweep(spec, file, where) if isinstance(spec, SweepRun) else _journey(journey, spec, where)
@@ -170,4 +173,6 @@ def _say_done(out: Path, result: dict[str, Any]) -> None:
     shown = ("source_accuracy", "accuracy", "heldout_accuracy", "nc1", "nc1_source", "nc1_downstream")
     values = [f"{key} {result[key]:.4g}" for key in shown if isinstance(result.get(key), float)]
     _say(f"done in {console.duration(result['seconds'])}: {', '.join(values)}")
+    for line in console.measured_lines(result) if result["journey"] == "measure" else []:
+        _say(line)
     _say(f"  results: {out}/result.json   TensorBoard: tensorboard --logdir {out}")

@@ -26,12 +26,13 @@ class Journey(NamedTuple):
     spec: type[Spec]
     check: Callable[[Any, int], dict[str, Any]]  # (run, world size) -> the plan; raises InputError
     run: Callable[[Any, World, Callable[[], bool]], dict[str, Any]]  # (run, world, stop asked?) -> the result
+    changed: Callable[[Any, dict[str, Any]], str | None] = lambda run, result: None  # since then: why it is out of date
 
 
 JOURNEYS = {
     "pretrain": Journey(PretrainRun, pretrain.check, pretrain.pretrain),
-    "finetune": Journey(FinetuneRun, finetune.check, finetune.finetune),
-    "measure": Journey(MeasureRun, measure.check, measure.measure),
+    "finetune": Journey(FinetuneRun, finetune.check, finetune.finetune, finetune.changed),
+    "measure": Journey(MeasureRun, measure.check, measure.measure, measure.changed),
 }
 
 _stop_asked = threading.Event()

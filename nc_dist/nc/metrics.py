@@ -123,6 +123,8 @@ CLASSIFIER_METRICS: dict[str, Callable[[Statistics, Tensor, Tensor | None], floa
     "gnc2_weight": lambda stats, weight, _: _crowded(stats, present_weight(stats, weight)),
 }
 MOST_ROWS = 4096  # that a summary compares in pairs: 0.13 GB a matrix, ten seconds of gnc2 on one CPU thread
+BARELY = 0.8  # of the null: features that hardly know of the classes
+FEWEST = 4  # samples a class whose halves have a variability
 SLOW = ("logme", "gnc2", "gnc2_weight")
 LIVE = frozenset({*MOMENT_METRICS, *CLASSIFIER_METRICS} - {*SLOW})  # what is worth its time again and again in training
 
@@ -164,6 +166,11 @@ def warnings(values: Summary) -> list[str]:
     full_rank = min(values["K"] - 1, values["d"])
     if rank_used is not None and rank_used < full_rank:
         found.append(f"rank {rank_used} of {full_rank}: NC1 leaves out directions in which class means nearly agree")
+    null = values.get("nc1_null")
+    if value is not None and null is not None and value > BARELY * null:
+        found.append(f"NC1 = {value:.3g} is about what permuted labels give ({null:.3g})")
+    if value is not None and gap is None and values["n_min"] < FEWEST:
+        found.append(f"n = {values['n_min']} a class is too small to tell how far NC1 can be trusted")
     if gap is not None and gap > GAP_LIMIT:
         sizes = f"n = {values['n_min']}" + (f"-{values['n_max']}" if values["n_max"] > values["n_min"] else "")
         found.append(f"{sizes} a class is too small: halves of the samples give an NC1 that differs by {gap:.0%}")

@@ -232,3 +232,22 @@ def test_bf16_has_the_floor_of_bf16_wherever_the_net_ends_in_fp32(source: Path, 
     exact = read_json(measured(tmp_path / "fp32", f"model={source}", "per_class=10") / "nc.json")
     for place in ("layer1.0", "after"):
         assert nc[place]["nc1_floor"] > 1e6 * exact[place]["nc1_floor"]
+
+
+def test_a_finished_measurement_of_weights_that_have_changed_is_not_passed_off_as_new(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(source / "export", tmp_path / "runs/x/export")
+    overrides = [f"out={tmp_path / 'nc'}", f"model={tmp_path}/runs/*/export", "per_class=10"]
+    assert start("measure", CONFIG, overrides, "here", False, None, False) == 0
+    assert "nc1_null" in capsys.readouterr().out, "a table, no bare number"
+    assert start("measure", CONFIG, overrides, "here", False, None, False) == 0
+    assert "finished already" in capsys.readouterr().out
+    state = load_file(copy / "model.safetensors")
+    state["layer2.0.bn1.bias"] += 1
+    save_file(state, copy / "model.safetensors")
+    assert start("measure", CONFIG, overrides, "here", False, None, False) == BAD_INPUT
+    assert "has other weights now; --fresh runs it anew" in capsys.readouterr().err
+    shutil.copytree(copy, tmp_path / "runs/y/export")
+    assert start("measure", CONFIG, overrides, "here", False, None, False) == BAD_INPUT
+    assert "now names 2 models, then 1" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_the_share_of_measuring_is_tracked_and_too_few_samples_are_told_once(wal
     assert all(row["nc/heldout_after/nc1_split_half"] > 0.05 for row in measured), "five images a class are too few"
     assert measured[-1]["nc/heldout_after/nc1_test_about_train"] > measured[-1]["nc/heldout_after/nc1_floor"] > 0
     warned = [
-        line for line in walk.said["pretrain"].stdout.splitlines() if line.startswith("warning, NC of heldout_after")
+        line for line in walk.said["pretrain"].stdout.splitlines() if line.startswith("warning, NC of heldout: n")
     ]
     assert len(warned) == 1 and "n = 5 a class is too small" in warned[0]
 
