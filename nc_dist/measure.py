@@ -258,6 +258,7 @@ def about_subject(run: MeasureRun, subject: Subject, probe: Probe) -> dict[str, 
     """What was measured, for the moments file."""
     subset = hash_text(json.dumps(probe.positions.tolist()))
     data = {"name": run.data, "identity": probe.source.identity(), "subset": subset, "samples": len(probe.positions)}
+    data["packed"] = moments_file.packed(probe.positions.tolist(), len(probe.source.labels))
     return {
         "class_names": list(probe.source.class_names),
         "model": {"name": subject.about["model"], "identity": subject.identity, "step": subject.step},

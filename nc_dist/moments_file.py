@@ -12,8 +12,11 @@ Letters: K classes, D feature dimensions.
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,20 +94,38 @@ def load(path: Path) -> MomentsFile:
 def merge(a: MomentsFile, b: MomentsFile) -> MomentsFile:
     """The moments of both sets of samples, exactly, half by half; `about` is that of `a` with the data of both.
 
-    InputError unless model, classes, input, pooling, precision, places, sizes and classifiers agree, and when one
-    subset of some data is in both. Different subsets of the same data may overlap: that cannot be seen from here.
+    InputError unless model, classes, input, pooling, precision, places, sizes and classifiers agree, and when samples
+    are in both: subsets of the same data that share any (`packed`), or are told as equal.
     """
     ours, theirs = _made_by(a), _made_by(b)
     for what in {**ours, **theirs}:
         if ours.get(what) != theirs.get(what):
             raise InputError(f"cannot merge, {what} differs: {ours.get(what)!r} and {theirs.get(what)!r}")
     data, more = a.about.get("data", []), b.about.get("data", [])
-    seen = [(entry.get("identity"), entry.get("subset")) for entry in data]
-    for entry in more:
-        if (entry.get("identity"), entry.get("subset")) in seen:
-            raise InputError(f"cannot merge, both are of the samples {entry}: it would count them twice")
+    for one, other in itertools.product(data, more):
+        if common := _common(one, other):
+            named = {key: value for key, value in other.items() if key != "packed"}
+            raise InputError(f"cannot merge, both are of {common} samples of {named}: it would count them twice")
     places = {place: halved.merge(b.places[place]) for place, halved in a.places.items()}
     return MomentsFile(places, a.classifiers, {**a.about, "data": [*data, *more]})
+
+
+def packed(positions: Iterable[int], size: int) -> str:
+    """Which of a data set's `size` samples were measured, as text: a compressed bit for each."""
+    bits = bytearray(-(-size // 8))
+    for position in positions:
+        bits[position // 8] |= 1 << position % 8
+    return base64.b64encode(zlib.compress(bytes(bits), 9)).decode()
+
+
+def _common(one: dict[str, Any], other: dict[str, Any]) -> int | str:
+    """How many samples two entries of `about["data"]` share, 0 for none."""
+    if one.get("identity") != other.get("identity"):
+        return 0
+    if "packed" in one and "packed" in other:
+        bits = (int.from_bytes(zlib.decompress(base64.b64decode(each["packed"])), "little") for each in (one, other))
+        return (next(bits) & next(bits)).bit_count()
+    return "all" if one.get("subset") == other.get("subset") else 0
 
 
 def summaries(file: MomentsFile) -> dict[str, Summary]:

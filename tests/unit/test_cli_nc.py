@@ -227,7 +227,7 @@ def test_places_of_another_size_are_not_compared_but_for_nc1_pca_at_one_number_o
         (("merge", "{a}", "-o", "{tmp}/out"), "{a}: one file is nothing to merge"),
         (("merge", "{a}", "{b}", "-o", "{b}"), "--out {b}: is one of the files to merge"),
         (("merge", "{a}", "{b}", "-o", "{tmp}/link"), "link: is one of the files to merge"),
-        (("merge", "{a}", "{a}", "-o", "{tmp}/out"), "{a}: cannot merge, both are of the samples"),
+        (("merge", "{a}", "{a}", "-o", "{tmp}/out"), "{a}: cannot merge, both are of all samples"),
         (("merge", "{a}", "{b}", "{tmp}/wide", "-o", "{tmp}/out"), "wide: cannot merge, (K, D, blocks, dtype) of"),
         (("merge", "{a}", "{tmp}/none", "-o", "{tmp}/out"), "none: no such file"),
         (("merge", "{a}", "{b}", "-o", "{tmp}/text/out"), "text"),

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nc_dist.moments_file import KEY, MomentsFile, load, merge, save, summaries
+from nc_dist.moments_file import KEY, MomentsFile, load, merge, packed, save, summaries
 from nc_dist.nc import HalvedMoments
 from nc_dist.nc.metrics import summary
 
@@ -339,3 +339,17 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_p
     with pytest.raises(OSError):
         save(tmp_path / "folder", good)
     assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["folder", "x"]
+
+
+def test_subsets_that_overlap_are_not_merged_and_others_are() -> None:
+    def entry(positions: range) -> dict[str, Any]:
+        taken = packed(positions, 1000)
+        return {"name": "set", "identity": "x", "subset": str(positions), "samples": len(positions), "packed": taken}
+
+    def of(positions: range) -> MomentsFile:
+        return file_of(drawn(positions.start), data=[entry(positions)])
+
+    assert len(merge(of(range(0, 500)), of(range(500, 1000))).about["data"]) == 2
+    with pytest.raises(ValueError, match="both are of 100 samples of .*would count them twice"):
+        merge(of(range(0, 500)), of(range(400, 1000)))
+    assert len(packed(range(0, 1_281_167, 26), 1_281_167)) < 200_000, "50 of each class of ImageNet"
