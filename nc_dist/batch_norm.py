@@ -42,8 +42,11 @@ class RunningStatistics:
         assert self._total is not None
         return self._total
 
-    def merge(self, mean: Tensor) -> None:
-        """One running update with `mean`, the statistics averaged over all micro-batches of the step, flat."""
+    def merge(self, mean: Tensor, applied: bool = True) -> None:
+        """One running update with `mean`, the statistics averaged over all micro-batches of the step, flat.
+
+        After a step that was not applied there is none: the buffers are again what they were.
+        """
         assert self._before is not None
         start = 0
         for norm, momentum, count in zip(self.norms, self.momenta, self._counts, strict=True):
@@ -51,9 +54,10 @@ class RunningStatistics:
             for buffer in (norm.running_mean, norm.running_var):
                 assert buffer is not None
                 part = slice(start, start + buffer.numel())
-                buffer.copy_(torch.lerp(self._before[part], mean[part], momentum))
+                new = torch.lerp(self._before[part], mean[part], momentum) if applied else self._before[part]
+                buffer.copy_(new)
                 start += buffer.numel()
-            norm.num_batches_tracked.copy_(count + 1)  # type: ignore[union-attr]
+            norm.num_batches_tracked.copy_(count + applied)  # type: ignore[union-attr]
         self._before = self._total = None
 
     def _flat(self) -> Tensor:

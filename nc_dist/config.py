@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from nc_dist.adversary import AdversarySpec, NoAdversary
 from nc_dist.data.augment import AugmentSpec, CropFlip, InputChange, InputSpec, NoAugment
 from nc_dist.data.mix import MixSpec, NoMix
 from nc_dist.data.reading import Reading
 from nc_dist.engine import DeepSpeedSpec, EngineSpec, TorchSpec
-from nc_dist.losses import LossSpec
+from nc_dist.losses import LossSpec, RegulariserSpec
 from nc_dist.methods import MethodSpec
 from nc_dist.model import ModelSpec
 from nc_dist.optim import SGD, OptimSpec, Schedule
@@ -22,13 +23,21 @@ from nc_dist.spec import Spec
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+class Workers(Spec):
+    """Bounds of an elastic group."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(ge=1)
+
+
 class Launch(Spec):
     """How a run is placed on Ray; it never changes what the run computes."""
 
-    workers: int = Field(1, ge=1)
+    workers: int | Workers = Field(1, ge=1)  # {min, max}: as many as there are, the group restarts when that changes
     cpus: float = Field(1, gt=0)  # per worker
     gpus: float | None = Field(None, ge=0)  # per worker; null: 1 where the cluster has GPUs
     retries: int = Field(2, ge=0)  # of the whole worker group, each from the last checkpoint
+    hang_s: float = Field(1800, gt=0)  # a step that takes longer is taken for a hang: stacks are written, the run ends
 
 
 class BatchSpec(Spec):
@@ -70,6 +79,12 @@ class ProbeSpec(Spec):
     source_per_class: int | None = Field(200, ge=1)  # of train, for the source accuracy's linear probe; null: all
 
 
+class ProfileSpec(Spec):
+    """Which steps torch's profiler records, one trace a rank."""
+
+    steps: str | None = Field(None, pattern=r"^\d+:\d+$")  # first:last+1, as in 10:20
+
+
 class PretrainRun(Spec):
     """One source model."""
 
@@ -79,15 +94,24 @@ class PretrainRun(Spec):
     input: InputSpec = InputSpec()
     model: ModelSpec
     loss: LossSpec
+    regularisers: tuple[RegulariserSpec, ...] = ()
+    adversary: AdversarySpec = NoAdversary()
     optim: OptimSpec = SGD()
     schedule: Schedule = Schedule()
+    ema: float | None = Field(None, gt=0, lt=1)  # decay of averaged weights, which are measured and exported besides
     engine: EngineSpec = DeepSpeedSpec()
     batch: BatchSpec = BatchSpec()
+    batch_norm: Literal["micro", "sync"] = "micro"  # statistics of each micro-batch, or of all processes' (CUDA)
     epochs: float = Field(gt=0)
+    resume: str | None = None  # a checkpoint of another run of this model and data, to go on from
     probe: ProbeSpec = ProbeSpec()
     measure_every: int | None = Field(None, ge=1)  # steps; null: a twelfth of the run
     save_every: int | None = Field(None, ge=1)  # steps; null: an epoch, at most every other measure
     keep: int | None = Field(2, ge=1)  # newest checkpoints, the best one besides; null: all
+    keep_epochs: tuple[float, ...] = ()  # whose checkpoints stay too: saved at the end of these epochs
+    upload: str | None = None  # a URL that checkpoints are copied to while training goes on, such as s3://bucket/run
+    max_skipped: int = Field(10, ge=0)  # steps whose loss or gradients are not finite, before the run gives up
+    profile: ProfileSpec = ProfileSpec()
     log_every: int = Field(20, ge=1)  # steps
     variant: str | None = None  # in tables; null: the last part of out. Seeds of one variant are averaged
     launch: Launch = Launch()

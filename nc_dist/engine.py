@@ -15,28 +15,38 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from nc_dist.model import Model, Outputs
+from nc_dist.model import Model
+from nc_dist.outputs import Outputs
 from nc_dist.spec import Spec
 
-Precision = Literal["fp32", "bf16", "fp64"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]  # of the forward; weights stay fp32, in fp64 fp64
+DTYPES: dict[str, torch.dtype] = {"fp64": torch.float64}  # of weights and input, where it is not fp32
 
 
-class TorchSpec(Spec):
-    """Plain torch; DDP when there are several ranks. `clip` is the largest gradient norm, 0 for none."""
+class CommonSpec(Spec):
+    """What both engines know. `clip` is the largest gradient norm, 0 for none."""
 
-    kind: Literal["torch"] = "torch"
     precision: Precision = "fp32"
     clip: float = Field(0.0, ge=0)
+    channels_last: bool = True  # memory format of images and convolutions
+    compile: bool = False  # torch.compile
+    recompute: bool = False  # activations of blocks are not kept but computed again in the backward
 
 
-class DeepSpeedSpec(Spec):
+class TorchSpec(CommonSpec):
+    """Plain torch; DDP when there are several ranks."""
+
+    kind: Literal["torch"] = "torch"
+
+
+class DeepSpeedSpec(CommonSpec):
     """DeepSpeed with ZeRO stage 0-3: what is shared out is nothing, optimiser, + gradients, + parameters."""
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32"] = "fp32"
-    clip: float = Field(0.0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    offload_optimizer: bool = False  # optimiser state and its step on the CPU; ZeRO 1-3
+    offload_parameters: bool = False  # parameters too; ZeRO 3
 
 
 EngineSpec = Annotated[TorchSpec | DeepSpeedSpec, Field(discriminator="kind")]
@@ -47,19 +57,24 @@ class Engine(Protocol):
 
     module: Model
     input_dtype: torch.dtype
-    ema: Model | None  # averaged weights, where the engine keeps them
 
     def forward(self, x: Tensor, last: bool = True) -> Outputs:
         """Training forward; `last` says that the step's gradients are reduced in this backward."""
 
-    def eval_forward(self, x: Tensor) -> Outputs:
-        """Forward in eval mode, without gradients."""
+    def eval_forward(self, x: Tensor, gradients: bool = False) -> Outputs:
+        """Forward in eval mode; with `gradients`, one can ask for those of the input."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, which is scaled already so that the step's losses add up."""
 
     def step(self, lr: float) -> bool:
-        """Clip, update with this learning rate, clear the gradients; did the weights move?"""
+        """Clip, update with this learning rate, clear the gradients; did the weights move?
+
+        They do not, and nothing else of the optimiser does, where the gradients are not finite on any rank.
+        """
+
+    def average(self) -> None:
+        """Move the averages, where they are kept, towards the weights and running statistics."""
 
     @property
     def grad_norm(self) -> float:
@@ -74,14 +89,17 @@ class Engine(Protocol):
     def gathered(self) -> AbstractContextManager[Model]:
         """The model with all its weights in place, in any ZeRO stage."""
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights and running statistics are the moving averages of an engine that keeps them."""
+
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards every submodule is in the mode it was in."""
+def evaluating(module: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Eval mode inside, without gradients unless they are asked for; afterwards every submodule is as it was."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for m, training in modes:

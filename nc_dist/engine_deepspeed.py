@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from nc_dist.engine import DeepSpeedSpec, deepspeed_json, evaluating
 from nc_dist.errors import InputError
-from nc_dist.model import Model, Outputs
-from nc_dist.optim import OptimSpec
+from nc_dist.model import Model
+from nc_dist.optim import OptimSpec, parameter_groups
+from nc_dist.outputs import Outputs
 from nc_dist.world import World
 
 if not torch.cuda.is_available():
@@ -31,17 +32,22 @@ TAG = "zero"
 class DeepSpeedEngine:
     """ZeRO stage 0-3 with torch's optimisers."""
 
-    ema: Model | None = None
-
     def __init__(
-        self, model: Model, spec: DeepSpeedSpec, optim: OptimSpec, batch: tuple[int, int], world: World
+        self,
+        model: Model,
+        spec: DeepSpeedSpec,
+        optim: OptimSpec,
+        batch: tuple[int, int],
+        world: World,
+        ema: float | None = None,
     ) -> None:
         logger.setLevel(logging.ERROR)  # its warnings are about settings that we chose
         _join_process_group(world)
         self.world = world
         self.input_dtype = torch.float32
         trained = [p for p in model.to(world.device).parameters() if p.requires_grad]
-        optimizer, config = optim.build(trained), deepspeed_json(spec, *batch, world.size)
+        optimizer = optim.build(parameter_groups(model, model.block_prefixes, optim))
+        config = deepspeed_json(spec, *batch, world.size)
         self._norm: Tensor | None = None
         if spec.zero == 0:
             # DeepSpeed would clip here without telling the norm: we do it in its place, on the reduced gradients.
@@ -55,8 +61,8 @@ class DeepSpeedEngine:
     def forward(self, x: Tensor, last: bool = True) -> Outputs:
         return self._engine(x)  # type: ignore[no-any-return]
 
-    def eval_forward(self, x: Tensor) -> Outputs:
-        with evaluating(self.module):
+    def eval_forward(self, x: Tensor, gradients: bool = False) -> Outputs:
+        with evaluating(self.module, gradients):
             return self._engine(x)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
@@ -64,9 +70,12 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> bool:
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._engine.step()
         return bool(self._engine.was_step_applied())
+
+    def average(self) -> None:
+        pass
 
     def _clip(self, trained: list[nn.Parameter], limit: float) -> None:
         self._norm = nn.utils.clip_grad_norm_(trained, limit or float("inf"))
@@ -95,6 +104,9 @@ class DeepSpeedEngine:
     def gathered(self) -> Iterator[Model]:
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield self.module
+
+    def averaged(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
 
 
 def _join_process_group(world: World) -> None:

@@ -24,13 +24,14 @@ from nc_dist.engine import DeepSpeedSpec, evaluating
 from nc_dist.errors import InputError, Preempted
 from nc_dist.features import Probe, forwarded, gathered_features, passes_over
 from nc_dist.identity import hash_file
-from nc_dist.loop import Objective, every, train_steps
+from nc_dist.loop import every, train_steps
 from nc_dist.losses import CrossEntropy
 from nc_dist.make_engine import make_engine
 from nc_dist.methods import LinearProbe
 from nc_dist.methods.freezing import train_mode, trainable
 from nc_dist.model import Exported, Model, classifier_of, export, export_folder, load_exported
 from nc_dist.nc.metrics import LIVE
+from nc_dist.objective import Objective
 from nc_dist.plan import notes
 from nc_dist.probe import fit
 from nc_dist.sample_log import logged

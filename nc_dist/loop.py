@@ -1,6 +1,6 @@
 """THE training loop: a generator that yields after each optimiser step. The caller's `for` body is the policy.
 
-Letters: B samples of a micro-batch, V views, M micro-batches of a step over all ranks, W ranks.
+Letters: B samples of a micro-batch, V views, M micro-batches of a step over all ranks, W ranks, T terms.
 """
 
 from __future__ import annotations
@@ -8,39 +8,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nc_dist.batch_norm import RunningStatistics
-from nc_dist.data.augment import InputSpec, normalise
+from nc_dist.data.augment import normalise
 from nc_dist.data.damage import Fault
-from nc_dist.data.mix import MixSpec, NoMix, check_mix
+from nc_dist.data.mix import Mixture
 from nc_dist.data.stream import Batch
 from nc_dist.engine import Engine
 from nc_dist.identity import hash_text
-from nc_dist.losses import LossSpec
-from nc_dist.optim import Schedule
+from nc_dist.objective import Objective, view_major
+from nc_dist.outputs import Outputs
 from nc_dist.world import World
 
-
-@dataclass(frozen=True)
-class Objective:
-    """What a run minimises and how its batches become inputs; the same on every rank."""
-
-    loss: LossSpec
-    input: InputSpec
-    micro_per_step: int  # M
-    seed: int
-    peak_lr: float
-    schedule: Schedule
-    steps: int  # of the whole run
-    mix: MixSpec = NoMix()
-
-    def __post_init__(self) -> None:
-        check_mix(self.mix, self.loss)
+At = Callable[[int, str], object]  # told of the step and phase that begins
 
 
 @dataclass
@@ -52,15 +36,18 @@ class Step:
     grad_norm: float
     seconds: float
     data_seconds: float
-    applied: bool
+    applied: bool  # False: loss or gradients were not finite, and nothing moved
     batches: list[Batch]  # this rank's micro-batches
-    _totals: Tensor  # loss, hits, labelled views, stop requests, damaged samples: sums over ranks, still on the device
+    _terms: list[str]
+    _totals: Tensor  # sums over ranks, still on the device: loss, hits, labelled views, stop requests, damaged samples,
+    # then each term of the objective
 
     def metrics(self) -> dict[str, float]:
         """Loss and accuracy over the global batch; reading them waits for the device."""
-        loss, hits, labelled, _, _ = self._totals.tolist()
+        loss, hits, labelled, _, _, *parts = self._totals.tolist()
         accuracy = {"train/acc1": hits / labelled} if labelled else {}
-        return {"train/loss": loss, **accuracy, "train/lr": self.lr, "train/grad_norm": self.grad_norm}
+        terms = {f"train/{name}": part for name, part in zip(self._terms, parts, strict=True)} if parts[1:] else {}
+        return {"train/loss": loss, **accuracy, **terms, "train/lr": self.lr, "train/grad_norm": self.grad_norm}
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all of them."""
@@ -88,108 +75,169 @@ def train_steps(
     start: int = 0,
     stop: Callable[[], bool] = lambda: False,
     train_mode: Callable[[nn.Module], object] = nn.Module.train,
+    at: At = lambda step, phase: None,
 ) -> Iterator[Step]:
     """Train on `data`, this rank's micro-batches of steps start, start+1, ..; yields after each step.
 
     A step's gradient is that of the mean loss over the global batch, at any world size. Running BatchNorm statistics
-    get one update a step. Random layers draw from a seed of (seed, step, micro-batch).
+    get one update a step. Random layers, mixtures and attacks draw from a seed of (seed, step, micro-batch). Where the
+    loss or a gradient is not finite on any rank, weights, optimiser and running statistics stay as they were.
     """
     batches = iter(data)
     for number in range(start, objective.steps):
         began = time.perf_counter()
+        at(number + 1, "reading")
         micros = next(batches)
         data_seconds = time.perf_counter() - began
+        at(number + 1, "gradients")
         train_mode(engine.module)
+        inputs = _inputs(engine, micros, objective, world, number)
         running = RunningStatistics(engine.module)
         running.begin()
-        totals = _step_gradients(engine, micros, objective, world, number, running)
+        totals = _step_gradients(engine, inputs, objective, world, running)
+        at(number + 1, "update")
         lr = objective.schedule.lr(objective.peak_lr, number, objective.steps)
         applied = engine.step(lr)
         told = totals.new_tensor([float(stop()), float(sum(len(batch.faults) for batch in micros))])
-        everything = world.sum_(torch.cat([totals, told, running.totals().to(totals.device)]))
-        running.merge(everything[5:] / objective.micro_per_step)
+        everything = world.sum_(torch.cat([totals[:3], told, totals[3:], running.totals().to(totals.device)]))
+        logged = 2 + len(totals)
+        running.merge(everything[logged:] / objective.micro_per_step, applied)
+        if applied:
+            engine.average()
+        at(number + 1, "between steps")
         seconds = time.perf_counter() - began
-        yield Step(number + 1, lr, engine.grad_norm, seconds, data_seconds, applied, micros, everything[:5])
+        norm, names = engine.grad_norm, objective.names
+        yield Step(number + 1, lr, norm, seconds, data_seconds, applied, micros, names, everything[:logged])
+
+
+@dataclass(frozen=True)
+class Input:
+    """A micro-batch as the network takes it."""
+
+    mixture: Mixture
+    labels: Tensor  # (V*B,)
+    key: int  # of all that is random about it
+
+    def targets(self, outputs: Outputs) -> Tensor:
+        """What the loss compares the outputs with: labels (V*B,), or (B, K) where images were mixed."""
+        return self.mixture.targets(self.labels, outputs.logits_BK)
+
+
+def _inputs(engine: Engine, micros: list[Batch], objective: Objective, world: World, number: int) -> list[Input]:
+    """This rank's micro-batches normalised, mixed and attacked. The running statistics are those of the step before."""
+    inputs = []
+    for j, batch in enumerate(micros, world.rank * len(micros)):
+        key = int(hash_text(f"{objective.seed}/{number}/{j}"), 16)
+        images = normalise(batch.images, objective.input, engine.input_dtype)
+        mixture = objective.mix.mixed(images, np.random.default_rng(key))
+        inputs.append(_attacked(engine, Input(mixture, batch.labels.repeat(objective.loss.views), key), objective))
+    return inputs
+
+
+def _attacked(engine: Engine, input: Input, objective: Objective) -> Input:
+    """With images at which this micro-batch's loss, regularisers left out, is larger: of the model in eval mode."""
+    images = input.mixture.images
+
+    def loss_of(moved: Tensor) -> Tensor:
+        outputs = _full(engine.eval_forward(moved, gradients=True))
+        return objective.loss(outputs, input.targets(outputs))
+
+    random = torch.Generator(images.device).manual_seed(input.key % 2**63)
+    moved = objective.adversary.attacked(images, objective.input, loss_of, random)
+    return Input(input.mixture._replace(images=moved), input.labels, input.key)
 
 
 def _step_gradients(
-    engine: Engine,
-    micros: list[Batch],
-    objective: Objective,
-    world: World,
-    number: int,
-    running: RunningStatistics,
+    engine: Engine, inputs: list[Input], objective: Objective, world: World, running: RunningStatistics
 ) -> Tensor:
-    """Backward of all micro-batches; this rank's share of (loss, hits, labelled views), (3,) fp64."""
-    loss, views = objective.loss, objective.loss.views
-    first = world.rank * len(micros)
-    keys = [int(hash_text(f"{objective.seed}/{number}/{first + j}"), 16) for j in range(len(micros))]
-    mixtures = [
-        objective.mix.mixed(normalise(batch.images, objective.input, engine.input_dtype), np.random.default_rng(key))
-        for batch, key in zip(micros, keys, strict=True)
-    ]
-    labels = [batch.labels.repeat(views) for batch in micros]
+    """Backward of all micro-batches; this rank's share of (loss, hits, labelled views, each term), (3 + T,) fp64."""
 
-    def forward(j: int) -> tuple[Tensor, Tensor | None]:
-        torch.manual_seed(keys[j] % 2**63)
-        outputs = engine.forward(mixtures[j].images, last=j == len(micros) - 1)
-        logits = None if outputs.logits_BK is None else full(outputs.logits_BK)
-        return full(outputs.embedding_BE), logits
+    def forward(j: int) -> Outputs:
+        torch.manual_seed(inputs[j].key % 2**63)
+        return _full(engine.forward(inputs[j].mixture.images, last=j == len(inputs) - 1))
 
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-    embedding_grads = (
-        _coupled_gradients(forward, labels, objective, world, totals) if _cached(objective, micros) else None
-    )
-    for j, labels_B in enumerate(labels):
-        embedding, logits = forward(j)
+    totals = torch.zeros(3 + len(objective.names), dtype=torch.float64, device=world.device)
+    # Where the global batch spans micro-batches of one rank, all outputs are needed before any backward.
+    cached = objective.coupled and len(inputs) > 1
+    gradients = _coupled_gradients(forward, inputs, objective, world, totals) if cached else None
+    for j, input in enumerate(inputs):
+        outputs = forward(j)
         running.collect()
-        if embedding_grads is not None:
-            engine.backward((embedding * embedding_grads[j]).sum())
-        elif loss.coupled:
-            value = loss(world.gather(embedding), None, world.gather(labels_B))
-            engine.backward(value)
-            totals[0] += value.detach() / world.size
-        else:
-            value = mixtures[j].of(labels_B, partial(loss, embedding, logits))
-            engine.backward(value * (world.size / objective.micro_per_step))
-            totals[0] += value.detach() / objective.micro_per_step
-        if logits is not None:
-            totals[1] += mixtures[j].of(labels_B, partial(_hits, logits.detach()))
-            totals[2] += len(labels_B)
+        targets = input.targets(outputs)
+        value, parts = objective.value(outputs, targets, coupled=False)
+        _add(totals, value, parts, 1 / objective.micro_per_step)
+        value = value * (world.size / objective.micro_per_step)
+        if gradients is not None:
+            value = value + sum((o * g).sum() for o, g in zip(_shared(outputs), gradients[j], strict=True))
+        elif objective.coupled:
+            whole, parts = objective.value(*_gathered(_shared(outputs), targets, 1, objective, world), coupled=True)
+            _add(totals, whole, parts, 1 / world.size)
+            value = value + whole
+        engine.backward(value * _one_or_nan(value))
+        if outputs.logits_BK is not None:
+            totals[1] += _hits(outputs.logits.detach(), targets)
+            totals[2] += len(targets)
     return totals
 
 
-def _hits(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """How many samples the classifier gets right, as fp64."""
-    return (logits_BK.argmax(1) == labels_B).sum(dtype=torch.float64)
+def _add(totals: Tensor, value: Tensor, parts: Tensor, share: float) -> None:
+    totals[0] += value.detach() * share
+    totals[3:] += parts * share
 
 
-def _cached(objective: Objective, micros: list[Batch]) -> bool:
-    """Whether the loss spans micro-batches of one rank, so that it needs all embeddings before any backward."""
-    return objective.loss.coupled and len(micros) > 1
+def _one_or_nan(value: Tensor) -> Tensor:
+    """A factor by which the gradients of a loss that is not finite are not finite either, so that no rank steps."""
+    return torch.where(value.detach().isfinite(), 1.0, torch.nan).to(value.dtype)
+
+
+def _hits(logits_BK: Tensor, targets: Tensor) -> Tensor:
+    """How many samples the classifier gets right, as fp64; of a mixed sample, the share of the class it says."""
+    said_B = logits_BK.argmax(1)
+    if targets.ndim == 2:
+        return targets.gather(1, said_B[:, None]).sum(dtype=torch.float64)
+    return (said_B == targets).sum(dtype=torch.float64)
+
+
+def _shared(outputs: Outputs) -> list[Tensor]:
+    """What coupled terms may see of the outputs: features and embedding, once where they are the same."""
+    same = outputs.features_Bd is outputs.embedding_BE
+    return [outputs.features_Bd] if same else [outputs.features_Bd, outputs.embedding_BE]
+
+
+def _gathered(
+    shared: list[Tensor], targets: Tensor, micros: int, objective: Objective, world: World
+) -> tuple[Outputs, Tensor]:
+    """Outputs and targets of the global batch, view-major, of this rank's `micros` micro-batches one after another."""
+    rows = [view_major(world.gather(part), world.size * micros, objective.loss.views) for part in (*shared, targets)]
+    return Outputs(rows[0], rows[-2], None), rows[-1]
 
 
 def _coupled_gradients(
-    forward: Callable[[int], tuple[Tensor, Tensor | None]],
-    labels: list[Tensor],
-    objective: Objective,
-    world: World,
-    totals: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradient of the global batch's loss with respect to each local micro-batch's embedding (cached embeddings).
+    forward: Callable[[int], Outputs], inputs: list[Input], objective: Objective, world: World, totals: Tensor
+) -> list[list[Tensor]]:
+    """Gradients of the coupled terms with respect to what each local micro-batch shares (cached embeddings).
 
-    A first forward without gradients gives the embeddings; the second one, with the same random numbers, carries these
+    A first forward without gradients gives the outputs; the second one, with the same random numbers, carries these
     gradients on into the weights (Gao et al. 2021, arXiv 2101.06983).
     """
     with torch.no_grad():
-        embeddings = [forward(j)[0] for j in range(len(labels))]
-    leaf = torch.cat(embeddings).requires_grad_()
-    value = objective.loss(world.gather(leaf), None, world.gather(torch.cat(labels)))
-    (gradient,) = torch.autograd.grad(value, leaf)
-    totals[0] += value.detach() / world.size
-    return torch.split(gradient, [len(embedding) for embedding in embeddings])
+        outputs = [forward(j) for j in range(len(inputs))]
+    targets = torch.cat([input.targets(seen) for input, seen in zip(inputs, outputs, strict=True)])
+    leaves = [torch.cat(parts).requires_grad_() for parts in zip(*map(_shared, outputs), strict=True)]
+    whole = _gathered(leaves, targets, len(inputs), objective, world)
+    value, parts = objective.value(*whole, coupled=True)
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    _add(totals, value, parts, 1 / world.size)
+    return [list(each) for each in zip(*(gradient.chunk(len(inputs)) for gradient in gradients), strict=True)]
+
+
+def _full(outputs: Outputs) -> Outputs:
+    """Half-precision outputs as fp32, so that no loss is computed in half precision."""
+    features, embedding, logits = outputs
+    wide = full(features)
+    return Outputs(wide, wide if embedding is features else full(embedding), None if logits is None else full(logits))
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Half-precision outputs as fp32, so that no loss is computed in half precision."""
+    """Half precision as fp32; all else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

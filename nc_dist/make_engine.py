@@ -10,11 +10,16 @@ from nc_dist.world import World
 
 
 def make_engine(
-    model: Model, spec: TorchSpec | DeepSpeedSpec, optim: OptimSpec, batch: tuple[int, int], world: World
+    model: Model,
+    spec: TorchSpec | DeepSpeedSpec,
+    optim: OptimSpec,
+    batch: tuple[int, int],
+    world: World,
+    ema: float | None = None,
 ) -> Engine:
-    """The engine that `spec` names; `batch` is (global, micro)."""
+    """The engine that `spec` names; `batch` is (global, micro), `ema` the decay of averaged weights, None for none."""
     if isinstance(spec, TorchSpec):
-        return TorchEngine(model, spec, optim, world)
+        return TorchEngine(model, spec, optim, world, ema)
     from nc_dist.engine_deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, spec, optim, batch, world)
+    return DeepSpeedEngine(model, spec, optim, batch, world, ema)

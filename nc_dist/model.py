@@ -22,6 +22,7 @@ from nc_dist.backbones import Backbone, BackboneSpec, Block
 from nc_dist.data.augment import InputSpec
 from nc_dist.errors import InputError
 from nc_dist.heads import HeadSpec, NoHead
+from nc_dist.outputs import Outputs
 from nc_dist.spec import Spec, validate
 
 
@@ -30,14 +31,6 @@ class ModelSpec(Spec):
 
     backbone: BackboneSpec
     head: HeadSpec = NoHead()
-
-
-class Outputs(NamedTuple):
-    """What one forward gives: features before the head, embedding after it, logits if there is a classifier."""
-
-    features_Bd: Tensor
-    embedding_BE: Tensor
-    logits_BK: Tensor | None
 
 
 class Model(nn.Module):
@@ -61,6 +54,11 @@ class Model(nn.Module):
     def blocks(self) -> tuple[Block, ...]:
         """Where the model can be cut, from the input on."""
         return self.backbone.blocks
+
+    @property
+    def block_prefixes(self) -> list[str]:
+        """Of the blocks' parameter names, from the input on."""
+        return [f"backbone.net.{block.name}" for block in self.blocks]
 
     @property
     def headless(self) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nc_dist.backbones import Block
-from nc_dist.model import Outputs
+from nc_dist.outputs import Outputs
 
 Observe = Callable[[Tensor, Sequence[str]], tuple[Outputs, dict[str, Tensor]]]
 Hook = Callable[[nn.Module, Any, Any], None]

@@ -6,11 +6,11 @@ that a mixture does not depend on the process that makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -25,11 +25,12 @@ class Mixture(NamedTuple):
     partner_B: Tensor | None = None
     share: float = 1.0
 
-    def of(self, labels_B: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `value`, linear in the target, is for the mixed labels: share * value(y) + (1 - share) * value(y')."""
-        if self.partner_B is None:
-            return value(labels_B)
-        return self.share * value(labels_B) + (1 - self.share) * value(labels_B[self.partner_B])
+    def targets(self, labels_B: Tensor, like_BK: Tensor | None) -> Tensor:
+        """The labels, or where images were mixed the classes' shares (B, K), of the type of the logits `like_BK`."""
+        if self.partner_B is None or like_BK is None:
+            return labels_B
+        own_BK = F.one_hot(labels_B, like_BK.shape[1]).to(like_BK.dtype)
+        return self.share * own_BK + (1 - self.share) * own_BK[self.partner_B]
 
 
 class NoMix(Spec):
@@ -71,21 +72,21 @@ MixSpec = Annotated[NoMix | Mixup | Cutmix, Field(discriminator="kind")]
 
 
 class Mixable(Protocol):
-    """What is asked of a loss: its name, and whether share * loss(y) + (1 - share) * loss(y') stands for a mixture."""
+    """What is asked of a loss: its name, how many views of an image it wants, whether targets may be probabilities."""
 
     @property
     def kind(self) -> str: ...
 
     views: ClassVar[int]
-    mixes: ClassVar[bool]
+    soft: ClassVar[bool]
 
 
 def check_mix(mix: NoMix | Mixup | Cutmix, loss: Mixable) -> None:
     """InputError where the loss has no meaning for mixed images: it compares samples, or wants two views of each."""
-    if mix.kind != "none" and not (loss.mixes and loss.views == 1):
+    if mix.kind != "none" and not (loss.soft and loss.views == 1):
         raise InputError(
             f"data.mix.kind={mix.kind!r}: loss.kind={loss.kind!r} needs images of one class each; "
-            "use data.mix.kind=none, or a loss that is linear in its target, such as loss.kind=ce"
+            "use data.mix.kind=none, or a loss of one view that takes probabilities as targets, such as loss.kind=ce"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nc_dist import finetune, measure, pretrain
+from nc_dist import finetune, measure, pretrain, pretrain_check
 from nc_dist.config import FinetuneRun, MeasureRun, PretrainRun
 from nc_dist.errors import STATES, Terminated, exit_code
 from nc_dist.run_folder import STOP, prepare, result_of, write_result, write_status
@@ -30,7 +30,7 @@ class Journey(NamedTuple):
 
 
 JOURNEYS = {
-    "pretrain": Journey(PretrainRun, pretrain.check, pretrain.pretrain),
+    "pretrain": Journey(PretrainRun, pretrain_check.check, pretrain.pretrain),
     "finetune": Journey(FinetuneRun, finetune.check, finetune.finetune, finetune.changed),
     "measure": Journey(MeasureRun, measure.check, measure.measure, measure.changed),
 }

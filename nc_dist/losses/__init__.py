@@ -1,10 +1,8 @@
-"""Losses: one file each, one name in the union below. Pure torch; a cross-rank gather is handed in.
+"""Losses and regularisers: one file each, one name in a union below. Pure torch.
 
-A loss is called as loss(embedding_BE, logits_BK, labels_B), where `labels` holds each view's label. Its spec says
-    uses_logits   whether the model needs a classifier,
-    views         how many augmented views of an image it wants,
-    coupled       whether samples meet inside it: then it sees the gathered global batch, views and all,
-    mixes         whether it is linear in the target, so that its value for a mixture of two labels is their mixture.
+All are called as term(outputs, targets) and say by class variables what they want: see `Loss` in term.py. The loop
+hands a coupled one the outputs of the whole global batch, gathered over ranks and micro-batches, all first views before
+all second ones.
 """
 
 from typing import Annotated
@@ -12,8 +10,11 @@ from typing import Annotated
 from pydantic import Field
 
 from nc_dist.losses.ce import CrossEntropy
+from nc_dist.losses.feature_norm import FeatureNorm
 from nc_dist.losses.supcon import SupCon
+from nc_dist.losses.term import Loss, Regulariser
 
 LossSpec = Annotated[CrossEntropy | SupCon, Field(discriminator="kind")]
+RegulariserSpec = Annotated[FeatureNorm, Field(discriminator="kind")]
 
-__all__ = ["CrossEntropy", "LossSpec", "SupCon"]
+__all__ = ["CrossEntropy", "FeatureNorm", "Loss", "LossSpec", "Regulariser", "RegulariserSpec", "SupCon"]

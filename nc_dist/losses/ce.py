@@ -1,22 +1,18 @@
 """Cross-entropy of the classifier's logits."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from nc_dist.spec import Spec
+from nc_dist.losses.term import Loss
+from nc_dist.outputs import Outputs
 
 
-class CrossEntropy(Spec):
+class CrossEntropy(Loss):
     """Mean over the batch of -log softmax(logits)[label]."""
 
     kind: Literal["ce"] = "ce"
-    uses_logits: ClassVar[bool] = True
-    views: ClassVar[int] = 1
-    coupled: ClassVar[bool] = False
-    mixes: ClassVar[bool] = True
 
-    def __call__(self, embedding_BE: Tensor, logits_BK: Tensor | None, labels_B: Tensor) -> Tensor:
-        assert logits_BK is not None
-        return F.cross_entropy(logits_BK, labels_B)
+    def __call__(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, targets)

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from nc_dist.spec import Spec
+from nc_dist.losses.term import Loss
+from nc_dist.outputs import Outputs
 
 
-class SupCon(Spec):
+class SupCon(Loss):
     """Pull together the l2-normalised embeddings of one class, push apart the rest; two views of each image.
 
     loss = mean over anchors i with positives of  -(1/|P(i)|) sum_{p in P(i)} log softmax_{a != i}(z_i z_a / tau)[p].
@@ -21,10 +22,10 @@ class SupCon(Spec):
     uses_logits: ClassVar[bool] = False
     views: ClassVar[int] = 2
     coupled: ClassVar[bool] = True
-    mixes: ClassVar[bool] = False
+    soft: ClassVar[bool] = False
 
-    def __call__(self, embedding_BE: Tensor, logits_BK: Tensor | None, labels_B: Tensor) -> Tensor:
-        normal = F.normalize(embedding_BE, dim=1)
+    def __call__(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        labels_B, normal = targets, F.normalize(outputs.embedding_BE, dim=1)
         similarity_BB = normal @ normal.T / self.temperature
         self_BB = torch.eye(len(labels_B), dtype=torch.bool, device=labels_B.device)
         positive_BB = (labels_B[:, None] == labels_B[None, :]) & ~self_BB

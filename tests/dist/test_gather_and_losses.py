@@ -14,10 +14,12 @@ from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.stream import Batch
 from nc_dist.engine import TorchSpec
 from nc_dist.engine_torch import TorchEngine
-from nc_dist.loop import Objective, train_steps
+from nc_dist.loop import train_steps
 from nc_dist.losses import CrossEntropy, SupCon
 from nc_dist.model import Model, ModelSpec
+from nc_dist.objective import Objective
 from nc_dist.optim import SGD, Schedule
+from nc_dist.outputs import Outputs
 from nc_dist.world import World
 
 STEPS, MICROS, B, SIZE = 3, 4, 6, 8
@@ -119,7 +121,7 @@ def test_supcon_of_micro_batches_is_that_of_the_whole_batch() -> None:
     first = micro_batches(2)[0][:2]
     images = [normalise(batch.images, InputSpec(size=SIZE), torch.float64) for batch in first]
     embeddings = torch.cat([model(x).embedding_BE for x in images])
-    loss = SupCon()(embeddings, None, torch.cat([batch.labels.repeat(2) for batch in first]))
+    loss = SupCon()(Outputs(embeddings, embeddings, None), torch.cat([batch.labels.repeat(2) for batch in first]))
     loss.backward()
     assert loss.item() == pytest.approx(expected["losses"][0], rel=1e-12)
     for name, p in model.named_parameters():

@@ -19,10 +19,12 @@ from nc_dist.engine_torch import TorchEngine
 from nc_dist.errors import InputError
 from nc_dist.heads import MLPHead
 from nc_dist.identity import hash_text
-from nc_dist.loop import Objective, Step, every, train_steps
+from nc_dist.loop import Step, every, train_steps
 from nc_dist.losses import CrossEntropy, LossSpec, SupCon
 from nc_dist.model import Model, ModelSpec
+from nc_dist.objective import Objective
 from nc_dist.optim import SGD, Schedule
+from nc_dist.outputs import Outputs
 from nc_dist.world import World
 
 INPUT = InputSpec(size=8)
@@ -70,9 +72,10 @@ def by_hand(trained: Model, loss: LossSpec, micros: list[Batch]) -> float:
     outputs = [trained(normalise(b.images, INPUT, torch.float64)) for b in micros]
     labels = [b.labels.repeat(loss.views) for b in micros]
     if loss.coupled:
-        value = loss(torch.cat([o.embedding_BE for o in outputs]), None, torch.cat(labels))
+        rows = torch.cat([o.embedding_BE for o in outputs])
+        value = loss(Outputs(rows, rows, None), torch.cat(labels))
     else:
-        value = torch.stack([loss(o.embedding_BE, o.logits_BK, y) for o, y in zip(outputs, labels, strict=True)]).mean()
+        value = torch.stack([loss(o, y) for o, y in zip(outputs, labels, strict=True)]).mean()
     value.backward()
     with torch.no_grad():
         for p in trained.parameters():
@@ -225,7 +228,8 @@ def test_dropout_does_not_change_which_gradient_a_coupled_step_follows() -> None
     for j, batch in enumerate(batches[0]):
         torch.manual_seed(int(hash_text(f"0/0/{j}"), 16) % 2**63)
         outputs.append(theirs(normalise(batch.images, INPUT, torch.float64)).embedding_BE)
-    SupCon()(torch.cat(outputs), None, torch.cat([b.labels.repeat(2) for b in batches[0]])).backward()
+    rows = torch.cat(outputs)
+    SupCon()(Outputs(rows, rows, None), torch.cat([b.labels.repeat(2) for b in batches[0]])).backward()
     with torch.no_grad():
         for p in theirs.parameters():
             p -= 0.1 * p.grad  # type: ignore[operator]

@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nc_dist.losses import CrossEntropy, SupCon
+from nc_dist.outputs import Outputs
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 3])  # classes 2 and 3 come once
 EMBEDDING = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def embedded(rows: Tensor) -> Outputs:
+    return Outputs(rows, rows, None)
 
 
 def supcon_by_hand(embedding: Tensor, labels: Tensor, tau: float) -> float:
@@ -29,42 +34,44 @@ def supcon_by_hand(embedding: Tensor, labels: Tensor, tau: float) -> float:
 
 def test_cross_entropy_is_torchs() -> None:
     logits = torch.randn(7, 4)
-    assert CrossEntropy()(torch.zeros(7, 2), logits, LABELS).equal(F.cross_entropy(logits, LABELS))
+    assert CrossEntropy()(Outputs(EMBEDDING, EMBEDDING, logits), LABELS).equal(F.cross_entropy(logits, LABELS))
 
 
 @pytest.mark.parametrize("tau", [0.07, 0.1, 1.0])
 def test_supcon_is_the_papers_formula(tau: float) -> None:
-    value = SupCon(temperature=tau)(EMBEDDING, None, LABELS)
+    value = SupCon(temperature=tau)(embedded(EMBEDDING), LABELS)
     assert float(value) == pytest.approx(supcon_by_hand(EMBEDDING, LABELS, tau), rel=1e-12)
 
 
 def test_supcon_of_two_classes_that_are_collapsed_is_known() -> None:
     """Two antipodal points of two samples each: -log(e / (e + 2/e)) at temperature 1."""
     embedding = torch.tensor([[1.0, 0], [2, 0], [-1, 0], [-3, 0]], dtype=torch.float64)
-    value = SupCon(temperature=1)(embedding, None, torch.tensor([0, 0, 1, 1]))
+    value = SupCon(temperature=1)(embedded(embedding), torch.tensor([0, 0, 1, 1]))
     assert float(value) == pytest.approx(math.log(1 + 2 * math.exp(-2)))
 
 
 def test_supcon_does_not_depend_on_the_order_of_samples() -> None:
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
-    permuted = SupCon()(EMBEDDING[order], None, LABELS[order])
-    assert float(permuted) == pytest.approx(float(SupCon()(EMBEDDING, None, LABELS)), rel=1e-12)
+    permuted = SupCon()(embedded(EMBEDDING[order]), LABELS[order])
+    assert float(permuted) == pytest.approx(float(SupCon()(embedded(EMBEDDING), LABELS)), rel=1e-12)
 
 
 def test_supcon_does_not_depend_on_the_length_of_embeddings() -> None:
     scaled = EMBEDDING * torch.arange(1, 8)[:, None]
-    assert float(SupCon()(scaled, None, LABELS)) == pytest.approx(float(SupCon()(EMBEDDING, None, LABELS)), rel=1e-12)
+    assert float(SupCon()(embedded(scaled), LABELS)) == pytest.approx(
+        float(SupCon()(embedded(EMBEDDING), LABELS)), rel=1e-12
+    )
 
 
 def test_a_sample_without_a_positive_is_no_anchor_but_still_a_negative() -> None:
-    with_single, without = SupCon()(EMBEDDING, None, LABELS), SupCon()(EMBEDDING[:6], None, LABELS[:6])
+    with_single, without = SupCon()(embedded(EMBEDDING), LABELS), SupCon()(embedded(EMBEDDING[:6]), LABELS[:6])
     assert float(with_single) > float(without)  # one more term below the fraction of every anchor
 
 
 @pytest.mark.parametrize("labels", [LABELS, torch.arange(7)], ids=["some classes once", "all classes once"])
 def test_gradients_stay_finite_where_classes_come_once(labels: Tensor) -> None:
     leaf = EMBEDDING.clone().requires_grad_()
-    value = SupCon()(leaf, None, labels)
+    value = SupCon()(embedded(leaf), labels)
     value.backward()
     assert value.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all()
     if len(set(labels.tolist())) == 7:

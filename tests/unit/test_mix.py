@@ -1,6 +1,5 @@
 """Mixtures of a micro-batch: what is in the images, what the labels' share is, and that ranks do not matter."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,12 @@ from nc_dist.engine import TorchSpec
 from nc_dist.engine_torch import TorchEngine
 from nc_dist.errors import InputError
 from nc_dist.heads import MLPHead
-from nc_dist.loop import Objective, train_steps
+from nc_dist.loop import train_steps
 from nc_dist.losses import CrossEntropy, SupCon
 from nc_dist.model import Model, ModelSpec
+from nc_dist.objective import Objective
 from nc_dist.optim import SGD, Schedule
+from nc_dist.outputs import Outputs
 from nc_dist.spec import validate
 from nc_dist.world import World
 
@@ -41,7 +42,7 @@ def test_without_mixing_the_images_and_the_loss_are_untouched_and_nothing_is_dra
     plain = NoMix().mixed(IMAGES, random)
     assert plain.images is IMAGES and plain.partner_B is None and plain.share == 1
     assert random.random() == np.random.default_rng(0).random()
-    assert plain.of(torch.tensor([3, 4]), lambda labels: labels).tolist() == [3, 4]
+    assert plain.targets(torch.tensor([3, 4]), torch.zeros(2, 5)).tolist() == [3, 4]
 
 
 @each
@@ -115,7 +116,7 @@ def test_the_mixed_loss_is_the_soft_targets_cross_entropy_with_its_gradient(mix:
         logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         one_hot = F.one_hot(labels, 4).double()
-        value = made.of(labels, partial(CrossEntropy(), logits, ours))
+        value = CrossEntropy()(Outputs(logits, logits, ours), made.targets(labels, ours))
         expected = F.cross_entropy(theirs, made.share * one_hot + (1 - made.share) * one_hot[made.partner_B])
         value.backward()
         expected.backward()

@@ -1,0 +1,49 @@
+"""Moving averages of weights and running statistics. Held by the engines, which know where their tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Average:
+    """The moving average of `tensors`, which change in place: kept <- d * kept + (1 - d) * tensor after each step.
+
+    d is `decay`, in the first steps less, (1 + n) / (10 + n) after n of them, so that a short run is not all beginning.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
+        self.tensors, self.decay, self.steps = list(tensors), decay, 0
+        self.kept = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """To be called after each step that moved the weights."""
+        share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        torch._foreach_lerp_(self.kept, self.tensors, share)
+
+    def restore(self, kept: Sequence[Tensor], steps: int) -> None:
+        """Go on from saved averages."""
+        self.steps = steps
+        for own, saved in zip(self.kept, kept, strict=True):
+            own.copy_(saved)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the tensors have the values of their averages."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for tensor, kept in zip(self.tensors, self.kept, strict=True):
+            value = tensor.clone()
+            tensor.copy_(kept)
+            kept.copy_(value)

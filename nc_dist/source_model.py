@@ -1,0 +1,141 @@
+"""What is found out about a source model, while it trains and at its end: NC of its probes, its source accuracy, its
+export. For `pretrain`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nc_dist.collapse import Collapse, collapse
+from nc_dist.config import PretrainRun
+from nc_dist.data.catalog import open_source
+from nc_dist.data.damage import BadSamples
+from nc_dist.data.stream import eval_batches
+from nc_dist.data.subset import per_class
+from nc_dist.engine import Engine
+from nc_dist.features import Observe, Probe, forwarded, gathered_features, passes_over
+from nc_dist.model import classifier_of, export
+from nc_dist.nc.metrics import LIVE
+from nc_dist.probe import fit
+from nc_dist.source_set import SourceSet
+from nc_dist.world import World
+
+NO_SCORE = -1.0
+SOURCE_PROBE_L2 = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad: BadSamples) -> dict[str, Any]:
+    """NC of the train and the held-out probe, before and after the head: {train: {before: {...}, acc1: ..}, heldout}.
+
+    Held-out NC, its values about the training means, and validation accuracy share one forward.
+    """
+    with engine.gathered() as model:
+        classifier = classifier_of(model)
+    headless, dtype = engine.module.headless, engine.input_dtype
+    forward: Observe = lambda x: (engine.eval_forward(x), {})  # noqa: E731
+    found: dict[str, Collapse] = {}
+    for name, positions in (("train", data.train), ("heldout", data.heldout)):
+        if len(positions):
+            chosen = per_class(data.source.labels, run.probe.per_class, run.seed, positions)
+            probe = Probe(data.source, chosen, run.seed)
+            found[name] = collapse(
+                passes_over(probe, forward, run.input, dtype, run.probe.batch, world, run.data.workers, headless, bad),
+                probe,
+                world,
+                {"after": classifier} if classifier else {},
+                only=LIVE,
+                reference=found["train"].moments if name == "heldout" else None,
+            )
+    return {name: collapsed.by_place(headless) for name, collapsed in found.items()}
+
+
+def score_of(nc: dict[str, Any]) -> float:
+    """What chooses the best checkpoint: held-out accuracy, that of the nearest class centre without a classifier."""
+    heldout = nc.get("heldout", {})
+    score = heldout.get("acc1", heldout.get("before", {}).get("ncc_acc1"))
+    return NO_SCORE if score is None else float(score)
+
+
+def finish(
+    run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: dict[str, Any], bad: BadSamples
+) -> dict[str, Any]:
+    """Export the model, find the source accuracy, put the result together."""
+    named = {f"{probe}_{place}": values for probe, places in nc.items() for place, values in places.items()}
+    nc1_source = nc["train"]["before"]["nc1"]
+    export_to(Path(run.out) / "export", run, data, engine, world, nc1_source=nc1_source)
+    world.barrier()
+    accuracy = source_accuracy(run, data, engine, world, bad) if run.data.test else {}
+    engine_name = f"deepspeed zero-{run.engine.zero}" if run.engine.kind == "deepspeed" else "torch"
+    return {
+        **{"journey": "pretrain", "source_accuracy": None, "source_ncc_accuracy": None, **hparams(run)},
+        **accuracy,
+        "nc1_source": nc1_source,
+        "nc": {key: value for key, value in named.items() if isinstance(value, dict)},
+        "heldout_accuracy": named.get("heldout_acc1"),
+        "steps": data.steps,
+        "train_samples": len(data.train),
+        "dropped_per_epoch": data.order.dropped,
+        "bad_samples": len(bad),
+        "sets": {"train": data.about},
+        "engine": engine_name,
+        "world_size": world.size,
+        "device": world.device_name,
+    }
+
+
+def export_to(
+    folder: Path, run: PretrainRun, data: SourceSet, engine: Engine, world: World, **details: float | None
+) -> None:
+    """Export the model as it is now; every rank calls it, rank 0 writes."""
+    with engine.gathered() as model:
+        if world.rank == 0:
+            about = {"variant": run.variant or Path(run.out).name, "data": data.identity, **details}
+            about["decoder"] = data.source.decoder
+            export(model, folder, run.input, data.source.class_names, about)
+
+
+def source_accuracy(
+    run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad: BadSamples
+) -> dict[str, float]:
+    """Linear-probe and nearest-class-centre accuracy on the source's test set (protocol: the same for all losses)."""
+    assert run.data.test is not None
+    test = open_source(run.data.test, "test", run.data)
+    kept = np.sort(np.concatenate([data.train, data.heldout]))
+    chosen = per_class(data.source.labels, run.probe.source_per_class, run.seed, kept, purpose="source accuracy")
+    parts = []
+    for source, positions in ((data.source, chosen), (test, np.arange(len(test.labels)))):
+        loaded = eval_batches(source, positions, run.input, run.probe.batch, world, run.data.workers, bad)
+        seen = forwarded(lambda x: (engine.eval_forward(x), {}), loaded, run.input, engine.input_dtype)
+        feats, labels = gathered_features(seen, "before")
+        parts.append(world.collect((feats.cpu(), labels.cpu())))
+    if world.rank != 0:
+        return {}
+    (train_x, train_y), (test_x, test_y) = (
+        (torch.cat([x for x, _ in ranks]), torch.cat([y for _, y in ranks])) for ranks in parts
+    )
+    linear = fit(train_x, train_y, len(data.source.class_names), SOURCE_PROBE_L2, run.seed)
+    means = torch.stack([train_x[train_y == k].double().mean(0) for k in range(len(data.source.class_names))])
+    nearest = torch.cdist(test_x.double(), means).argmin(1)
+    return {
+        "source_accuracy": linear.accuracy(test_x, test_y),
+        "source_ncc_accuracy": float((nearest == test_y).double().mean()),
+    }
+
+
+def hparams(run: PretrainRun) -> dict[str, Any]:
+    """The settings by which runs are told apart."""
+    return {
+        "variant": run.variant or Path(run.out).name,
+        "dataset": run.data.train,
+        "loss": run.loss.kind,
+        "head": run.model.head.kind,
+        "backbone": run.model.backbone.name,
+        "lr": run.optim.lr,
+        "weight_decay": run.optim.weight_decay,
+        "epochs": run.epochs,
+        "seed": run.seed,
+    }
