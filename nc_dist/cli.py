@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from nc_dist import user_code
+from nc_dist.cli_checkpoint import checkpoint_app
 from nc_dist.cli_nc import nc_app
 from nc_dist.cli_shards import shards_app
 from nc_dist.errors import BAD_INPUT
@@ -22,12 +24,19 @@ from nc_dist.errors import BAD_INPUT
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(shards_app, name="shards")
 app.add_typer(nc_app, name="nc")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, YAML.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, as optim.lr=0.1", show_default=False)]
 On = Annotated[str, typer.Option(help="auto: the cluster that RAY_ADDRESS names, else here; here; ray.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Check everything, print the plan, start nothing.")]
 Name = Annotated[str | None, typer.Option(help="Replaces the last part of `out`.", show_default=False)]
+Nodes = Annotated[int | None, typer.Option(min=1, help="With --dry-run: plan for so many nodes.", show_default=False)]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="With --dry-run: GPUs of a node.", show_default=False)]
+GpuName = Annotated[str | None, typer.Option(help="With --dry-run: h200, a100, v100 ...", show_default=False)]
+UserCode = Annotated[
+    bool, typer.Option("--allow-user-code", help="Import and run the function that a backbone of `kind: own` names.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an old output folder aside and begin anew.")]
 
 
@@ -41,12 +50,20 @@ def _journey(name: str, help: str) -> None:
         dry_run: DryRun = False,
         name_: Annotated[str | None, typer.Option("--name", help="Replaces the last part of `out`.")] = None,
         fresh: Fresh = False,
+        allow_user_code: UserCode = False,
+        nodes: Nodes = None,
+        gpus_per_node: GpusPerNode = None,
+        gpu: GpuName = None,
     ) -> None:
         if on not in ("auto", "here", "ray"):
             _fail(f"--on {on}: must be auto, here or ray")
+        if allow_user_code:
+            user_code.allow()
         from nc_dist.launch.start import start
+        from nc_dist.plan import Cluster
 
-        _leave(start(name, file, overrides or [], on, dry_run, name_, fresh))  # type: ignore[arg-type]
+        other = Cluster(nodes or 1, gpus_per_node, gpu) if nodes or gpus_per_node or gpu else None
+        _leave(start(name, file, overrides or [], on, dry_run, name_, fresh, other))  # type: ignore[arg-type]
 
     app.command(name, help=help)(command)
 

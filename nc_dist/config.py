@@ -28,12 +28,13 @@ class Workers(Spec):
 
     min: int = Field(1, ge=1)
     max: int = Field(ge=1)
+    look_s: float = Field(60, gt=0)  # between looks at whether the cluster has room for more
 
 
 class Launch(Spec):
     """How a run is placed on Ray; it never changes what the run computes."""
 
-    workers: int | Workers = Field(1, ge=1)  # {min, max}: as many as there are, the group restarts when that changes
+    workers: Annotated[int, Field(ge=1)] | Workers = 1  # {min, max}: as many as there are, the group restarts when that changes
     cpus: float = Field(1, gt=0)  # per worker
     gpus: float | None = Field(None, ge=0)  # per worker; null: 1 where the cluster has GPUs
     retries: int = Field(2, ge=0)  # of the whole worker group, each from the last checkpoint

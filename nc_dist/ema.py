@@ -16,8 +16,9 @@ class Average:
     """
 
     def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
-        self.tensors, self.decay, self.steps = list(tensors), decay, 0
+        self.tensors, self.decay = list(tensors), decay
         self.kept = [tensor.detach().clone() for tensor in tensors]
+        self.steps = 0
 
     @torch.no_grad()
     def update(self) -> None:
@@ -26,10 +27,15 @@ class Average:
         self.steps += 1
         torch._foreach_lerp_(self.kept, self.tensors, share)
 
-    def restore(self, kept: Sequence[Tensor], steps: int) -> None:
-        """Go on from saved averages."""
+    def state(self) -> dict[str, object]:
+        """What `restore` needs, to be saved."""
+        return {"kept": self.kept, "steps": self.steps}
+
+    @torch.no_grad()
+    def restore(self, kept: Sequence[Tensor] | None = None, steps: int = 0) -> None:
+        """Go on from saved averages; without any (of a run that kept none), begin at the tensors as they are now."""
         self.steps = steps
-        for own, saved in zip(self.kept, kept, strict=True):
+        for own, saved in zip(self.kept, self.tensors if kept is None else kept, strict=True):
             own.copy_(saved)
 
     @contextmanager

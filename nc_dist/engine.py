@@ -21,6 +21,7 @@ from nc_dist.spec import Spec
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]  # of the forward; weights stay fp32, in fp64 fp64
 DTYPES: dict[str, torch.dtype] = {"fp64": torch.float64}  # of weights and input, where it is not fp32
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of activations, where it is not that of the weights
 
 
 class CommonSpec(Spec):
@@ -80,8 +81,8 @@ class Engine(Protocol):
     def grad_norm(self) -> float:
         """Norm of the last step's gradients, before clipping."""
 
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Each rank writes its own files."""
+    def save(self, folder: Path, client_state: dict[str, Any]) -> list[Path]:
+        """Each rank writes its own files; which these are. One that cannot write still takes part to the end."""
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore what `save` wrote; returns the client state."""
@@ -106,19 +107,54 @@ def evaluating(module: nn.Module, gradients: bool = False) -> Iterator[None]:
             m.training = training
 
 
-def deepspeed_json(spec: DeepSpeedSpec, global_batch: int, micro: int, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. Every key whose absence means something else than "off" is written."""
+def deepspeed_json(
+    spec: DeepSpeedSpec, global_batch: int, micro: int, world_size: int, parameters: int, gpu: bool
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for so many trained parameters. Every key whose absence means something else than
+    "off" is written.
+    """
     return {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": global_batch // (micro * world_size),
         "managed_gradient_accumulation": False,  # backward adds, step ends the accumulation: the loop's own words
         "gradient_clipping": spec.clip,  # absent means 1.0 in DeepSpeed 0.19
-        "zero_optimization": {"stage": spec.zero},
+        "zero_optimization": _zero_json(spec, parameters, gpu),
         "zero_allow_untested_optimizer": True,  # torch's own optimisers
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": False},
+        "bf16": {"enabled": False},  # weights stay fp32, the forward runs under our autocast
         "fp16": {"enabled": False},
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
+
+
+def _zero_json(spec: DeepSpeedSpec, parameters: int, gpu: bool) -> dict[str, Any]:
+    """Sizes are numbers of elements, by a rule of our own.
+
+    Buckets are an eighth of the parameters, so that their reduction can overlap with the backward, between 2^20 (4 MB,
+    below which the latency of a collective counts) and 2^26. DeepSpeed's 5e8 would take 2 GB for any model. In stage 3
+    parameters below a thousandth of all, at most DeepSpeed's 1e5, stay gathered (norms and biases), and a quarter of
+    all may be gathered at a time. On a CPU there is nothing to overlap with; stages 0 and 1 reduce when the step ends.
+    """
+    bucket = min(max(parameters // 8, 2**20), 2**26)
+    found: dict[str, Any] = {
+        "stage": spec.zero,
+        "contiguous_gradients": True,
+        "overlap_comm": gpu and spec.zero >= 2,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    offload = {"device": "cpu", "pin_memory": gpu}
+    if spec.offload_optimizer:
+        found["offload_optimizer"] = offload
+    if spec.zero == 3:
+        found |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": min(parameters // 1000, 100_000),
+            "stage3_max_live_parameters": parameters // 4,
+            "stage3_max_reuse_distance": parameters // 4,
+        }
+        if spec.offload_parameters:
+            found["offload_param"] = offload
+    return found

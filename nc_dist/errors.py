@@ -27,6 +27,10 @@ class Preempted(Exception):
         self.step = step
 
 
+class Diverged(RuntimeError):
+    """Training gave up: too many steps had a loss or gradients that are not finite. Repeating it would not help."""
+
+
 class Terminated(BaseException):
     """SIGTERM where nothing can be saved half-way."""
 

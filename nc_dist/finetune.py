@@ -21,10 +21,12 @@ from nc_dist.data.order import check_state, check_world
 from nc_dist.data.stream import eval_batches, train_steps_data
 from nc_dist.data.subset import per_class
 from nc_dist.engine import DeepSpeedSpec, evaluating
+from nc_dist.engine_check import check_engine, check_optim
 from nc_dist.errors import InputError, Preempted
 from nc_dist.features import Probe, forwarded, gathered_features, passes_over
+from nc_dist.heads import Linear
 from nc_dist.identity import hash_file
-from nc_dist.loop import every, train_steps
+from nc_dist.loop import NOT_WATCHED, At, every, train_steps
 from nc_dist.losses import CrossEntropy
 from nc_dist.make_engine import make_engine
 from nc_dist.methods import LinearProbe
@@ -35,6 +37,7 @@ from nc_dist.objective import Objective
 from nc_dist.plan import notes
 from nc_dist.probe import fit
 from nc_dist.sample_log import logged
+from nc_dist.skipped import LIMIT, Skipped
 from nc_dist.target_set import TargetSet, dataset_name, open_target_set, target_order, target_steps
 from nc_dist.tracking import Tracker, flat_probes
 from nc_dist.world import World
@@ -43,7 +46,7 @@ SAVES = 6  # of a run when save_every is not given
 METRICS = {"top1": "acc1", "mean_per_class": "acc1_mean_class"}  # what a set is judged by: its name in what is measured
 
 
-def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[str, Any]:
+def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool], at: At = NOT_WATCHED) -> dict[str, Any]:
     """Adapt the source model by the run's method and test it once; returns one row of the ledger.
 
     There is one setting and no choice among any, so nothing is validated: train is all of the label budget (the linear
@@ -56,7 +59,7 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[s
     before = measure_splits(run, data, model, exported.input, world, bad)
     trained, total = trainable(model)
 
-    newest = world.broadcast(checkpoint.latest(out / "checkpoints") if world.rank == 0 else None)
+    newest = checkpoint.on_first(world, lambda: checkpoint.own_newest(out / checkpoint.CHECKPOINTS))
     tracker = Tracker(out, world, checkpoint.step_of(newest))
     tracker.custom_page()
     if newest is None:
@@ -65,7 +68,7 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool]) -> dict[s
     if isinstance(run.method, LinearProbe):
         extra = fit_classifier(run, data, model, exported.input, world, bad)
     else:
-        train_method(run, data, model, exported.input, world, tracker, newest, stop, bad)
+        train_method(run, data, model, exported.input, world, tracker, newest, stop, bad, at)
     after = measure_splits(run, data, model, exported.input, world, bad)
     result = {
         **ledger_names(run, exported),
@@ -142,7 +145,7 @@ def fit_classifier(
     run: FinetuneRun, data: TargetSet, model: Model, input: InputSpec, world: World, bad: BadSamples
 ) -> dict[str, Any]:
     """Fit the classifier on frozen features and put it into the model; what was chosen."""
-    assert isinstance(run.method, LinearProbe) and model.classifier is not None
+    assert isinstance(run.method, LinearProbe) and isinstance(model.classifier, Linear)
     with evaluating(model):
         loaded = eval_batches(data.train, data.positions, input, run.probe.batch, world, run.data.workers, bad)
         feats, targets = gathered_features(
@@ -167,14 +170,18 @@ def train_method(
     newest: Path | None,
     stop: Callable[[], bool],
     bad: BadSamples,
+    at: At,
 ) -> None:
     """Train what the method left trainable, with cross-entropy; resumes from the run's own checkpoint."""
+    check_engine(run.engine, world.device.type == "cuda")
     order = target_order(run, data)
     steps = target_steps(run, order)
     engine = make_engine(model, run.engine, run.optim, (order.global_batch, order.micro), world)
     folder = Path(run.out) / "checkpoints"
     identity = data.about["train"]["identity"]
-    start = check_state(order, identity, engine.load(newest)["order"]) if newest else 0
+    state: dict[str, Any] = engine.load(newest) if newest else {}
+    start = check_state(order, identity, state["order"]) if newest else 0
+    skipped = Skipped(Path(run.out), LIMIT, run.engine.precision == "fp16", world, start, state.get("skipped", 0))
     save_every = run.save_every or max(1, steps // SAVES)
     loss = CrossEntropy()
     objective = Objective(loss, input, order.micro_per_step, run.seed, run.optim.lr, run.schedule, steps)
@@ -191,17 +198,24 @@ def train_method(
     )
     if run.data.log_samples:
         loaded = logged(loaded, data.train, Path(run.out), start, world)
-    for step in train_steps(engine, loaded, objective, world, start, stop, train_mode):
+
+    def beside(partial: Path) -> None:
+        if world.rank == 0:
+            about = {"method": run.method.kind, "source": str(run.source)}
+            export(model, partial / "export", input, data.train.class_names, about)
+
+    for step in train_steps(engine, loaded, objective, world, start, stop, train_mode, at):
         last, asked = step.number == steps, step.stop_requested()
         if step.met_damage():
             bad.add(data.train, step.faults(), f"step {step.number}")
+        skipped.add(step, data.train)
         if every(run.log_every, step.number) or last:
             shown = {"steps": steps, "steps_per_epoch": order.steps_per_epoch, "time": time.time()}
-            speed = {"perf/images_per_second": order.global_batch / step.seconds}
+            speed = {"perf/images_per_second": order.global_batch / step.seconds, "train/skipped": skipped.count}
             tracker.scalars(step.number, {**step.metrics(), **speed}, **shown)
         if (every(save_every, step.number) or asked) and not last:
-            state = {"step": step.number, "order": order.state(step.number, identity)}
-            checkpoint.save(folder, engine, step.number, state, world)
+            state = {"step": step.number, "order": order.state(step.number, identity), "skipped": skipped.count}
+            checkpoint.save(folder, engine, step.number, state, world, beside=beside)
         if asked and not last:
             tracker.close()
             raise Preempted(step.number)
@@ -210,6 +224,7 @@ def train_method(
 def check(run: FinetuneRun, world_size: int) -> dict[str, Any]:
     """The plan of the run; InputError for all that can be wrong with source, data, method and world size."""
     data, model = check_target(run)
+    check_engine(run.engine, torch.cuda.is_available() or bool(run.launch.gpus))
     if not isinstance(run.method, LinearProbe):
         check_world(target_order(run, data).micro_per_step, world_size)
     seen = check_samples(data.train, data.positions, run.data.bad_samples)
@@ -242,6 +257,7 @@ def check_target(run: FinetuneRun) -> tuple[TargetSet, Model]:
     model = run.method.apply(exported.model, data.num_classes, run.seed)
     if not isinstance(run.method, LinearProbe):
         target_order(run, data)
+    check_optim(run.optim, run.engine)
     if isinstance(run.engine, DeepSpeedSpec) and run.engine.zero == 3:
         raise InputError("engine.zero=3: fine-tuning takes stages 0, 1 and 2; a trial's model fits one device")
     return data, model

@@ -25,6 +25,7 @@ from nc_dist.outputs import Outputs
 from nc_dist.world import World
 
 At = Callable[[int, str], object]  # told of the step and phase that begins
+NOT_WATCHED: At = lambda step, phase: None  # noqa: E731
 
 
 @dataclass
@@ -75,7 +76,7 @@ def train_steps(
     start: int = 0,
     stop: Callable[[], bool] = lambda: False,
     train_mode: Callable[[nn.Module], object] = nn.Module.train,
-    at: At = lambda step, phase: None,
+    at: At = NOT_WATCHED,
 ) -> Iterator[Step]:
     """Train on `data`, this rank's micro-batches of steps start, start+1, ..; yields after each step.
 
@@ -226,7 +227,7 @@ def _coupled_gradients(
     leaves = [torch.cat(parts).requires_grad_() for parts in zip(*map(_shared, outputs), strict=True)]
     whole = _gathered(leaves, targets, len(inputs), objective, world)
     value, parts = objective.value(*whole, coupled=True)
-    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(value * _one_or_nan(value), leaves, allow_unused=True, materialize_grads=True)
     _add(totals, value, parts, 1 / world.size)
     return [list(each) for each in zip(*(gradient.chunk(len(inputs)) for gradient in gradients), strict=True)]
 

@@ -171,11 +171,8 @@ def open_probe(run: MeasureRun) -> Probe:
 
 def classifiers_of(subject: Subject, probe: Probe) -> dict[str, Classifier]:
     """The classifier by the place it acts on; none where it knows other classes than the data."""
-    layer = subject.classifier
-    if layer is None or mismatch(subject, probe):
-        return {}
-    bias = None if layer.bias is None else layer.bias.detach().float()
-    return {"after": (layer.weight.detach().float(), bias)}
+    linear = subject.linear_map()
+    return {} if linear is None or mismatch(subject, probe) else {"after": linear}
 
 
 def mismatch(subject: Subject, probe: Probe) -> str | None:

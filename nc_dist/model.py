@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,20 +18,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nc_dist.backbones import Backbone, BackboneSpec, Block
 from nc_dist.data.augment import InputSpec
 from nc_dist.errors import InputError
-from nc_dist.heads import HeadSpec, NoHead
+from nc_dist.heads import Classifier, ClassifierSpec, HeadSpec, LinearClassifier, NoHead
 from nc_dist.outputs import Outputs
 from nc_dist.spec import Spec, validate
 
 
 class ModelSpec(Spec):
-    """Backbone and projection head; the loss decides whether there is a classifier."""
+    """Backbone, projection head, and the kind of classifier; the loss decides whether there is one."""
 
     backbone: BackboneSpec
     head: HeadSpec = NoHead()
+    classifier: ClassifierSpec = LinearClassifier()
 
 
 class Model(nn.Module):
@@ -43,12 +46,15 @@ class Model(nn.Module):
     def __init__(self, spec: ModelSpec, num_classes: int, skip: str | None = None, backbone: Backbone | None = None):
         super().__init__()
         self.spec, self.num_classes, self.skip = spec, num_classes, skip
+        self.recompute = False  # blocks keep no activations for the backward, which computes them again
         self.backbone = backbone or spec.backbone.build()
         self.dim = self.backbone.dim
         if skip is not None:
             self.dim = max(self.dim, self.backbone.blocks[self.backbone.index(skip)].dim)
         self.head, self.embedding_dim = spec.head.build(self.dim)
-        self.classifier = nn.Linear(self.embedding_dim, num_classes) if num_classes else None
+        self.classifier: Classifier | None = None
+        if num_classes:
+            self.classifier = spec.classifier.build(self.embedding_dim, num_classes)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -58,7 +64,7 @@ class Model(nn.Module):
     @property
     def block_prefixes(self) -> list[str]:
         """Of the blocks' parameter names, from the input on."""
-        return [f"backbone.net.{block.name}" for block in self.blocks]
+        return [f"backbone.{self.backbone.path(i)}" for i in range(len(self.blocks))]
 
     @property
     def headless(self) -> bool:
@@ -90,10 +96,16 @@ class Model(nn.Module):
         assert self.skip is None or start <= self.backbone.index(self.skip), "the skip starts before the cut"
         return self._run(start, z, set())[0]
 
+    def _block(self, i: int, z: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # No check of shapes: in ZeRO 3 a weight has none when it is saved, as it is let go after its layer.
+            return checkpoint(self.backbone.run, i, z, use_reentrant=False, determinism_check="none")  # type: ignore[no-any-return]
+        return self.backbone.run(i, z)
+
     def _run(self, start: int, z: Tensor, wanted: set[int]) -> tuple[Outputs, dict[str, Tensor]]:
         found, skipped = {}, None
         for i in range(start, len(self.blocks)):
-            z = self.backbone.run(i, z)
+            z = self._block(i, z)
             if i in wanted:
                 found[self.blocks[i].name] = self.backbone.pool(i, z)
             if self.blocks[i].name == self.skip:
@@ -105,25 +117,48 @@ class Model(nn.Module):
         return Outputs(features, embedding, self.classifier(embedding) if self.classifier else None), found
 
 
-def check_input(spec: ModelSpec, input: InputSpec) -> int:
-    """Number of parameters of the model; InputError unless it takes images of the input's size. Allocates nothing."""
-    backbone = spec.backbone.model_copy(update={"weights": None})
+def check_input(spec: ModelSpec, input: InputSpec, num_classes: int = 0, rows: int = 2) -> int:
+    """Number of parameters, the classifier's left out; allocates nothing.
+
+    InputError unless backbone, head and (of `num_classes` > 0) classifier can be built, and can be trained on `rows`
+    images of the input's size at a time: BatchNorm needs two values of each channel.
+    """
+    if spec.backbone.checked_on != "meta":
+        rows = min(rows, 2)  # what really runs need not run at full size
+    with torch.device(spec.backbone.checked_on):
+        with _refused_as(
+            f"input.size={input.size}: {spec.backbone.name} cannot be built or cannot take {rows} such images"
+        ):
+            model = Model(spec.model_copy(update={"head": NoHead()}), 0)
+            features_Bd = model(torch.zeros(rows, 3, input.size, input.size)).features_Bd
+            if features_Bd.shape != (rows, model.dim):
+                raise ValueError(f"its features are {tuple(features_Bd.shape)}, not (B, {model.dim})")
+        with _refused_as(f"model.head.kind={spec.head.kind}: not for {rows} rows of {model.dim} features"):
+            head, dim = spec.head.build(model.dim)
+            embedding_BE = head(features_Bd)
+        if num_classes:
+            with _refused_as(f"model.classifier.kind={spec.classifier.kind}: not for {num_classes} classes"):
+                spec.classifier.build(dim, num_classes)(embedding_BE)
+    return sum(p.numel() for part in (model, head) for p in part.parameters())
+
+
+@contextmanager
+def _refused_as(what: str) -> Iterator[None]:
+    """What torch refuses inside is an InputError that says so; one that says more is left as it is."""
     try:
-        with torch.device("meta"):
-            model = Model(spec.model_copy(update={"backbone": backbone}), num_classes=0).eval()
-            model(torch.zeros(1, 3, input.size, input.size))
+        yield
+    except InputError:
+        raise
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"input.size={input.size}: {spec.backbone.name} cannot be built or does not take such images ({error})"
-        ) from None
-    return sum(p.numel() for p in model.parameters())
+        raise InputError(f"{what} ({error})") from None
 
 
 def classifier_of(model: Model) -> tuple[Tensor, Tensor] | None:
-    """A copy of the classifier's weight and bias."""
+    """A copy of weight (K, E) and bias (K,) of the linear map whose argmax is the classifier's; None without one."""
     if model.classifier is None:
         return None
-    return model.classifier.weight.detach().float().clone(), model.classifier.bias.detach().float().clone()
+    weight_KE, bias_K = model.classifier.effective()
+    return weight_KE.detach().float().clone(), bias_K.detach().float().clone()
 
 
 def add_padded(a: Tensor, b: Tensor) -> Tensor:
@@ -135,10 +170,19 @@ def add_padded(a: Tensor, b: Tensor) -> Tensor:
 def exported(model: Model) -> dict[str, Tensor]:
     """The state dict under the names of the net's family, so that torchvision's own net loads it with strict=True.
 
-    A projection head keeps the prefix `head.`, which torchvision has no place for.
+    That holds for a linear classifier. A cosine or ETF one has no bias, and a projection head keeps the prefix `head.`,
+    which torchvision has no place for.
     """
+    names = exported_names(model)
+    return {names[name]: value for name, value in model.state_dict().items()}
+
+
+def exported_names(model: Model) -> dict[str, str]:
+    """The names of the model's state dict, each with the name it is exported under."""
     renames = {"backbone.net.": "", "classifier.": model.backbone.classifier_name + "."}
-    return {_renamed(name, renames): value for name, value in model.state_dict().items()}
+    names = {name: _renamed(name, renames) for name in model.state_dict()}
+    assert len(set(names.values())) == len(names), "two tensors would be exported under one name"
+    return names
 
 
 def _renamed(name: str, renames: Mapping[str, str]) -> str:
@@ -151,8 +195,8 @@ def _renamed(name: str, renames: Mapping[str, str]) -> str:
 def export(model: Model, folder: Path, input: InputSpec, class_names: Sequence[str], about: Mapping[str, Any]) -> None:
     """Write backbone.safetensors, model.safetensors and config.json; the folder appears whole or not at all."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in exported(model).items()}
-    outside = ("head.", model.backbone.classifier_name + ".")
-    backbone = {name: value for name, value in tensors.items() if not name.startswith(outside)}
+    names = exported_names(model)
+    backbone = {names[name]: tensors[names[name]] for name in names if name.startswith("backbone.")}
     config = {
         "model": model.spec.model_dump(mode="json"),
         "num_classes": model.num_classes,
@@ -198,9 +242,9 @@ def load_exported(path: str | Path) -> Exported:
         config = json.loads((folder / "config.json").read_text())
         spec = validate(ModelSpec, without_weights(config["model"]), str(folder / "config.json"))
         model = Model(spec, config["num_classes"], config["skip"])
-        renames = {model.backbone.classifier_name + ".": "classifier.", "head.": "head.", "": "backbone.net."}
+        names = {theirs: ours for ours, theirs in exported_names(model).items()}
         tensors = load_file(folder / "model.safetensors")
-        model.load_state_dict({_renamed(name, renames): value for name, value in tensors.items()})
+        model.load_state_dict({names.get(name, name): value for name, value in tensors.items()})
         input = validate(InputSpec, config["input"], str(folder / "config.json"))
     except (KeyError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
         raise InputError(f"{folder}: not a model that fits its config.json: {error}") from None
@@ -214,8 +258,8 @@ def without_weights(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_new_classifier(source: Model, num_classes: int, skip: str | None = None, seed: int = 0) -> Model:
-    """The source's backbone, its head dropped, with a fresh classifier, seeded (for transfer)."""
+    """The source's backbone, its head dropped, with a fresh linear classifier, seeded (for transfer)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        spec = source.spec.model_copy(update={"head": NoHead()})
+        spec = source.spec.model_copy(update={"head": NoHead(), "classifier": LinearClassifier()})
         return Model(spec, num_classes, skip, backbone=source.backbone)

@@ -1,6 +1,6 @@
 """What a run minimises: a loss, regularisers added to it, and how a batch becomes inputs and targets. For the loop.
 
-Letters: B samples of a micro-batch, V views, M micro-batches of a step over all ranks, K classes, T terms.
+Letters: B samples of a micro-batch, V views, M micro-batches of a step over all ranks, K classes, T numbers for logs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 from nc_dist.adversary import AdversarySpec, NoAdversary
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.mix import MixSpec, NoMix, check_mix
-from nc_dist.losses import LossSpec, RegulariserSpec
+from nc_dist.losses import Loss, LossSpec, RegulariserSpec
+from nc_dist.losses.term import alone
 from nc_dist.optim import Schedule
 from nc_dist.outputs import Outputs
 
@@ -34,36 +35,41 @@ class Objective:
     adversary: AdversarySpec = NoAdversary()
 
     def __post_init__(self) -> None:
-        for term in (self.loss, *self.regularisers):
+        for term in self.terms:
             check_mix(self.mix, term)
+
+    @property
+    def terms(self) -> tuple[Loss, ...]:
+        """The loss, then the regularisers."""
+        return (self.loss, *self.regularisers)
 
     @property
     def coupled(self) -> bool:
         """Whether a term sees the gathered global batch."""
-        return any(term.coupled for term in (self.loss, *self.regularisers))
+        return any(term.coupled for term in self.terms)
 
     @property
     def names(self) -> list[str]:
-        """Of the terms (T,), for logs: the loss's kind, then the regularisers'."""
-        return [term.kind for term in (self.loss, *self.regularisers)]
+        """Of the numbers for logs (T,): the terms' values, and how many samples are left out of a term's mean."""
+        return [term.kind for term in self.terms] + [f"{term.kind}_left_out" for term in self.terms if term.paired]
 
     def value(self, outputs: Outputs, targets: Tensor, coupled: bool) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the terms that are (or are not) coupled, and each one's own value (T,), 0 for the others.
+        """Weighted sum of the terms that are (or are not) coupled, and the numbers for logs (T,), 0 for other terms.
 
         Rows are view-major: all first views before all second ones.
         """
-        total = outputs.embedding_BE.new_zeros(())
-        parts = outputs.embedding_BE.new_zeros(1 + len(self.regularisers))
-        if self.loss.coupled == coupled:
-            total = self.loss(outputs, targets)
-            parts[0] = total.detach()
-        for i, term in enumerate(self.regularisers, 1):
-            if term.coupled == coupled:
-                views = zip(each_view(outputs, self.loss.views), targets.chunk(self.loss.views), strict=True)
-                value = torch.stack([term(seen, labels) for seen, labels in views]).mean()
-                total = total + term.weight * value
-                parts[i] = value.detach()
-        return total, parts
+        total = zero = outputs.embedding_BE.new_zeros(())
+        views = list(zip(each_view(outputs, self.loss.views), targets.chunk(self.loss.views), strict=True))
+        weighted = [(self.loss, 1.0, [(outputs, targets)]), *((term, term.weight, views) for term in self.regularisers)]
+        values, left_out = [], []
+        for term, weight, parts in weighted:
+            seen = parts if term.coupled == coupled else []
+            value = torch.stack([term(*part) for part in seen]).mean() if seen else zero
+            total = total + weight * value
+            values.append(value.detach())
+            if term.paired:
+                left_out.append(zero + sum(alone(labels) for _, labels in seen))
+        return total, torch.stack(values + left_out)
 
 
 def each_view(outputs: Outputs, views: int) -> list[Outputs]:

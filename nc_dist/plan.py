@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that a run is planned for, whether one has it or not. `gpu` as in gpus.py, None: this machine's."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None  # None: as many processes as the run would have here
+    gpu: str | None = None
+
+    @property
+    def world(self) -> int | None:
+        """Processes, one for each GPU; None: as many as the run would have here."""
+        return None if self.gpus_per_node is None else self.nodes * self.gpus_per_node
 
 
 def training_plan(
@@ -29,6 +44,24 @@ def training_plan(
 def notes(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What is to be said of the sets of a run, {name: what is known of it}: nothing where all is as published."""
     return {f"data.{name}": "; ".join(about["notes"]) for name, about in sets.items() if about["notes"]}
+
+
+def as_bytes(size: float) -> str:
+    """1.5 GB, in powers of 1000 as GPUs and disks are sold."""
+    return _scaled(size, "B")
+
+
+def as_flops(count: float) -> str:
+    """1.5 TFLOP."""
+    return _scaled(count, "FLOP")
+
+
+def _scaled(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.4g} E{unit}"
 
 
 def show(plan: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from nc_dist.spec import Spec, dump
 
 RESULT, STATUS, RUN = "result.json", "status.json", "run.yaml"
 STOP = "stop"  # a file that asks the run to save and end
+FRESH = "fresh"  # a file that says that the run was begun anew
 PACKAGES = ("torch", "torchvision", "deepspeed", "ray", "webdataset", "tensorboard", "numpy", "nc-dist")
 
 
@@ -48,6 +49,8 @@ def prepare(spec: Spec, fresh: bool = False) -> Path:
     except OSError as error:
         raise InputError(f"out={out}: cannot be made ({error.strerror}); choose another folder") from None
     (out / STOP).unlink(missing_ok=True)
+    if fresh:
+        (out / FRESH).touch()
     write_whole(out / RUN, dump(spec))
     write_whole(out / "env.json", json.dumps(environment(), indent=1))
     return out
@@ -62,8 +65,18 @@ def check_same(spec: Spec, out: Path) -> None:
         lines = "\n    ".join(differences(old, new))
         raise InputError(
             f"out={out}: belongs to another configuration:\n    {lines}\n  Choose another out (or --name), "
-            "or give --fresh to move the old folder aside"
+            f"or give --fresh to move the old folder aside{_weights_remedy(lines, out)}"
         )
+
+
+def _weights_remedy(lines: str, out: Path) -> str:
+    """Checkpoints do not go over to another engine, ZeRO stage or micro-batch; their weights do."""
+    if not any(key in lines for key in ("engine.zero:", "engine.kind:", "batch.micro:", "batch.global:")):
+        return ""
+    return (
+        f". To go on from its weights in another folder: nc-dist checkpoint export {out} --to FOLDER, then "
+        "model.backbone.weights=FOLDER/backbone.safetensors"
+    )
 
 
 def result_of(out: Path) -> dict[str, Any] | None:

@@ -17,11 +17,16 @@ from nc_dist.data.damage import BadSamples
 from nc_dist.data.stream import eval_batches
 from nc_dist.data.subset import per_class
 from nc_dist.engine import Engine
+from nc_dist.errors import Diverged
 from nc_dist.features import Observe, Probe, forwarded, gathered_features, passes_over
 from nc_dist.model import classifier_of, export
+from nc_dist.nc import NotFinite
 from nc_dist.nc.metrics import LIVE
+from nc_dist.pretrained import noted
 from nc_dist.probe import fit
+from nc_dist.skipped import FILE
 from nc_dist.source_set import SourceSet
+from nc_dist.tracking import flat_probes
 from nc_dist.world import World
 
 NO_SCORE = -1.0
@@ -53,6 +58,28 @@ def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: Wor
     return {name: collapsed.by_place(headless) for name, collapsed in found.items()}
 
 
+def measure(
+    run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad: BadSamples
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """NC of the probes with the weights, and with the averaged ones ({} where the run keeps none).
+
+    Diverged, on every rank, where the features are not finite: no step can mend that.
+    """
+    try:
+        nc = measure_probes(run, data, engine, world, bad)
+        if run.ema is None:
+            return nc, {}
+        with engine.averaged():
+            return nc, measure_probes(run, data, engine, world, bad)
+    except NotFinite as error:
+        raise Diverged(f"{error}. Steps that were skipped before are in {Path(run.out) / FILE}, if any") from None
+
+
+def ema_scalars(nc: dict[str, Any]) -> dict[str, float | None]:
+    """What was measured of the averaged weights, as val/ema_acc1, nc/ema_train_before/nc1 and so on."""
+    return {name.replace("/", "/ema_", 1): value for name, value in flat_probes(nc).items()}
+
+
 def score_of(nc: dict[str, Any]) -> float:
     """What chooses the best checkpoint: held-out accuracy, that of the nearest class centre without a classifier."""
     heldout = nc.get("heldout", {})
@@ -61,21 +88,28 @@ def score_of(nc: dict[str, Any]) -> float:
 
 
 def finish(
-    run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: dict[str, Any], bad: BadSamples
+    run: PretrainRun,
+    data: SourceSet,
+    engine: Engine,
+    world: World,
+    nc: dict[str, Any],
+    nc_ema: dict[str, Any],
+    bad: BadSamples,
 ) -> dict[str, Any]:
     """Export the model, find the source accuracy, put the result together."""
-    named = {f"{probe}_{place}": values for probe, places in nc.items() for place, values in places.items()}
-    nc1_source = nc["train"]["before"]["nc1"]
-    export_to(Path(run.out) / "export", run, data, engine, world, nc1_source=nc1_source)
+    found = found_out(run, data, engine, world, nc, bad)
+    averaged: dict[str, Any] = {}
+    if run.ema is not None:
+        with engine.averaged():
+            averaged = found_out(run, data, engine, world, nc_ema, bad)
+        found["ema"] = averaged
+    export_all(Path(run.out), run, data, engine, world, found["nc1_source"], averaged.get("nc1_source"))
     world.barrier()
-    accuracy = source_accuracy(run, data, engine, world, bad) if run.data.test else {}
     engine_name = f"deepspeed zero-{run.engine.zero}" if run.engine.kind == "deepspeed" else "torch"
     return {
-        **{"journey": "pretrain", "source_accuracy": None, "source_ncc_accuracy": None, **hparams(run)},
-        **accuracy,
-        "nc1_source": nc1_source,
-        "nc": {key: value for key, value in named.items() if isinstance(value, dict)},
-        "heldout_accuracy": named.get("heldout_acc1"),
+        **{"journey": "pretrain", **hparams(run)},
+        **found,
+        "weights": noted(Path(run.out)),
         "steps": data.steps,
         "train_samples": len(data.train),
         "dropped_per_epoch": data.order.dropped,
@@ -85,6 +119,37 @@ def finish(
         "world_size": world.size,
         "device": world.device_name,
     }
+
+
+def found_out(
+    run: PretrainRun, data: SourceSet, engine: Engine, world: World, nc: dict[str, Any], bad: BadSamples
+) -> dict[str, Any]:
+    """The result's numbers about the weights that the engine has now, whose NC is `nc`."""
+    accuracy = source_accuracy(run, data, engine, world, bad) if run.data.test else {}
+    named = {f"{probe}_{place}": values for probe, places in nc.items() for place, values in places.items()}
+    return {
+        **{"source_accuracy": None, "source_ncc_accuracy": None},
+        **accuracy,
+        "nc1_source": nc["train"]["before"]["nc1"],
+        "nc": {key: value for key, value in named.items() if isinstance(value, dict)},
+        "heldout_accuracy": named.get("heldout_acc1"),
+    }
+
+
+def export_all(
+    folder: Path,
+    run: PretrainRun,
+    data: SourceSet,
+    engine: Engine,
+    world: World,
+    nc1: float | None = None,
+    nc1_ema: float | None = None,
+) -> None:
+    """Export the model, whose NC1 is `nc1`, to `export`; averaged weights, where the run has them, to `export_ema`."""
+    export_to(folder / "export", run, data, engine, world, nc1_source=nc1)
+    if run.ema is not None:
+        with engine.averaged():
+            export_to(folder / "export_ema", run, data, engine, world, nc1_source=nc1_ema)
 
 
 def export_to(

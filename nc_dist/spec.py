@@ -45,6 +45,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             seen.append(key)
         return super().construct_mapping(node, deep)
 
+    def construct_int(self, node: yaml.ScalarNode) -> int | str:
+        """10:20 is text, as in YAML 1.2; YAML 1.1 reads it as 620, a time in seconds."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _UniqueKeyLoader.construct_int)
+
 
 def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read one YAML file, apply dotted `key=value` overrides, validate.
@@ -80,7 +87,7 @@ def override(tree: Tree, overrides: Sequence[str]) -> Tree:
         if not equals or not key:
             raise InputError(f"override {text!r}: expected key=value, for example optim.lr=0.1")
         try:
-            pairs.append((key.split("."), yaml.safe_load(value)))
+            pairs.append((key.split("."), yaml.load(value, _UniqueKeyLoader)))
         except yaml.YAMLError:
             raise InputError(f"override {text!r}: {value!r} is not a YAML value") from None
     tree = copy.deepcopy(tree)

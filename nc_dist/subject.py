@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
-from nc_dist.backbones import Block, TorchvisionSpec, from_resnet, from_vit
+from nc_dist.backbones import Block, TorchvisionSpec
+from nc_dist.backbones.torchvision_nets import cut
 from nc_dist.data.augment import InputChange, InputSpec
 from nc_dist.data.pixels import Decoder
 from nc_dist.errors import InputError
+from nc_dist.heads import Classifier, LinearClassifier
 from nc_dist.model import Model, ModelSpec, check_input, export_folder, exported, load_exported
 from nc_dist.subject_hooks import Observe, layout, observer
 from nc_dist.weights import load_tensors, match_weights, read_weights, weights_identity
@@ -40,7 +43,7 @@ class Subject:
     module: nn.Module
     blocks: tuple[Block, ...]  # in network order
     observe: Observe  # images (B, 3, S, S), names of blocks -> Outputs and {name: (B, dim)}, in one forward
-    classifier: nn.Linear | None  # acts on Outputs.embedding_BE; it may have no bias
+    classifier: nn.Linear | Classifier | None  # acts on Outputs.embedding_BE; a linear one may have no bias
     input: InputSpec
     dim: int  # d
     embedding_dim: int  # E
@@ -49,6 +52,16 @@ class Subject:
     about: dict[str, Any]  # what it is, for result files
     step: int | None = None  # of a checkpoint
     class_names: tuple[str, ...] | None = None  # of the classifier's classes, where known
+
+    def linear_map(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (K, E) and bias (K,), if any, of the linear map whose argmax is the classifier's; None without one."""
+        if self.classifier is None:
+            return None
+        if isinstance(self.classifier, Classifier):
+            weight, bias = self.classifier.effective()
+            return weight.detach().float(), bias.detach().float()
+        bias = self.classifier.bias
+        return self.classifier.weight.detach().float(), None if bias is None else bias.detach().float()
 
 
 def open_subject(model: str, weights: str | None = None, input: InputChange = UNCHANGED, seed: int = 0) -> Subject:
@@ -134,18 +147,19 @@ def _from_own_family(name: str, named: Named, weights: str | None, about: dict[s
     check_input(ModelSpec(backbone=spec), named.input)
     has_classifier = _load(net, classifier, weights, about)
     linear = _linear(net, classifier)
-    net.set_submodule(classifier.split(".")[0], nn.Identity())
-    model = Model(ModelSpec(backbone=spec), 0, backbone=from_vit(net) if is_vit else from_resnet(net))
+    model = Model(ModelSpec(backbone=spec), 0, backbone=cut(net))
     if has_classifier:
-        model.classifier, model.num_classes = linear, linear.out_features
+        model.num_classes = linear.out_features
+        with torch.device("meta"):  # draws no random numbers
+            model.classifier = LinearClassifier().build(linear.in_features, linear.out_features)
+        model.classifier.load_state_dict(linear.state_dict(), assign=True)
     return _of_model(model.eval(), named.input, about)
 
 
 def _of_model(model: Model, input: InputSpec, about: dict[str, Any], step: int | None = None) -> Subject:
-    headless = model.embedding_dim == model.dim and not list(model.head.parameters())
     identity, about = weights_identity(exported(model)), about | {"parameters": _count(model)}
-    dims = (model.dim, model.embedding_dim)
-    return Subject(model, model.blocks, model.observe, model.classifier, input, *dims, headless, identity, about, step)
+    facts = (model.dim, model.embedding_dim, model.headless)
+    return Subject(model, model.blocks, model.observe, model.classifier, input, *facts, identity, about, step)
 
 
 def _from_any_net(named: Named, weights: str | None, about: dict[str, Any]) -> Subject:

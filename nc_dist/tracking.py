@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from nc_dist.gram_figure import gram_figure
 from nc_dist.world import World
 
 FILE = "metrics.jsonl"
@@ -84,6 +87,14 @@ class Tracker:
             f"hparam/{key}": float(outcome[key]) if outcome.get(key) is not None else math.nan for key in OUTCOMES
         }
         self._board.add_hparams(settings, results, run_name=".")
+
+    def class_means(self, step: int, centred_PD: Tensor, names: Sequence[str]) -> None:
+        """Class means minus the global mean: the figure nc/gram, and the projector, where each point has its name."""
+        if self._board is None:
+            return
+        self._board.add_figure("nc/gram", gram_figure(centred_PD), step)
+        plain = [" ".join(name.split()) or "-" for name in names]  # a table of one line a class, without a heading
+        self._board.add_embedding(centred_PD.float(), metadata=plain, global_step=step, tag="class_means")
 
     def close(self) -> None:
         if self._file is not None and self._board is not None:

@@ -56,8 +56,14 @@ class Match:
         parts += [f"prefix {self.prefix!r} stripped"] * bool(self.prefix)
         parts += [f"missing {_some(self.missing)}"] * bool(self.missing)
         parts += [f"other shape {_some(self.wrong_shape)}"] * bool(self.wrong_shape)
-        parts += [f"{len(self.unexpected)} of the file not used"] * bool(self.unexpected)
+        parts += [f"{len(self.unexpected)} of the file not used: {', '.join(self.unused())}"] * bool(self.unexpected)
         return "; ".join(parts)
+
+    def unused(self) -> list[str]:
+        """What the file holds besides, each part that nothing is taken of as `module.normalizer (2)`."""
+        used = {""} | {part for name in self.matched for part in _prefixes(self.prefix + name)}
+        parts = Counter(next((part for part in _prefixes(key) if part not in used), key) for key in self.unexpected)
+        return [f"{part.removesuffix('.')} ({count})" for part, count in parts.items()]
 
     __str__ = describe
 
@@ -165,6 +171,13 @@ def load_weights(module: nn.Module, path: str | Path, optional: Sequence[str] = 
 
 def load_tensors(module: nn.Module, found: Mapping[str, Tensor], optional: Sequence[str], where: str) -> Match:
     """`load_weights` of what was read already; `where` begins the message of an InputError."""
+    match = fit_weights(module, found, optional, where)
+    module.load_state_dict({name: found[match.prefix + name] for name in match.matched}, strict=False)
+    return match
+
+
+def fit_weights(module: nn.Module, found: Mapping[str, Tensor], optional: Sequence[str], where: str) -> Match:
+    """The match of `load_tensors`, with its errors, and nothing loaded: the net may be on the meta device."""
     match = match_weights(found, module)
     missing = [name for name in match.missing if not name.startswith(tuple(optional))]
     wrong = [text for text in match.wrong_shape if not text.startswith(tuple(optional))]
@@ -179,7 +192,6 @@ def load_tensors(module: nn.Module, found: Mapping[str, Tensor], optional: Seque
         if beyond:
             lines.append(f"the file is of a larger net, {len(beyond)} of its tensors have no place: {_some(beyond)}")
         raise InputError("; ".join(lines) + f". The file has {_some(list(found))}")
-    module.load_state_dict({name: found[match.prefix + name] for name in match.matched}, strict=False)
     return match
 
 

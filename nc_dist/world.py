@@ -6,7 +6,7 @@ Nobody asks "is distributed on?": a world of one runs the same code with collect
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,14 +116,39 @@ def joined_world(timeout_s: int = 600) -> Iterator[World]:
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend(torch.cuda.is_available()), timeout=timedelta(seconds=timeout_s))
         try:
             yield _world()
         finally:
             dist.destroy_process_group()
     else:
         yield World(device=_device())
+
+
+def backend(cuda: bool) -> str:
+    """Of process groups: tensors on either device can be shared where there are GPUs."""
+    return "cpu:gloo,cuda:nccl" if cuda else "gloo"
+
+
+def regroup(size: int, share: Callable[[Any], Any], timeout_s: int) -> bool:
+    """Put a process group of the first `size` ranks in the place of the present one; False on the ranks left over.
+
+    Every rank calls it. `share` gives rank 0's value to every rank by other means than the group.
+    """
+    rank, cuda = dist.get_rank(), torch.cuda.is_available()
+    dist.destroy_process_group()
+    host = os.environ["MASTER_ADDR"]
+    TCPStore = dist.TCPStore  # type: ignore[attr-defined]
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = share(store.port if store else None)
+    if rank >= size:
+        return False
+    store = store or TCPStore(host, port, is_master=False)
+    os.environ["WORLD_SIZE"] = str(size)
+    dist.init_process_group(
+        backend(cuda), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+    )
+    return True
 
 
 def _world() -> World:

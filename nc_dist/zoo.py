@@ -7,7 +7,6 @@ than what input and how many classes that file is for.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
+from nc_dist.backbones.timm_nets import import_timm
 from nc_dist.data.augment import InputSpec
 from nc_dist.data.pixels import Interpolation
 from nc_dist.errors import InputError
@@ -80,10 +80,7 @@ def _input_of_torchvision(transforms: Any) -> InputSpec:
 
 def from_timm(name: str, tag: str | None, download: bool, size: int | None, seed: int) -> Named:
     """A timm model; DEFAULT is the tag that timm takes itself. `size` is another input size."""
-    try:
-        timm: Any = importlib.import_module("timm")
-    except ImportError:
-        raise InputError(f"timm:{name}: timm is not installed; pip install 'nc-dist[timm]'") from None
+    timm = import_timm(f"timm:{name}")
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     known = {config.removeprefix(f"{name}."): config for config in timm.models.get_arch_pretrained_cfgs(name)}

@@ -74,19 +74,21 @@ MixSpec = Annotated[NoMix | Mixup | Cutmix, Field(discriminator="kind")]
 class Mixable(Protocol):
     """What is asked of a loss: its name, how many views of an image it wants, whether targets may be probabilities."""
 
-    @property
-    def kind(self) -> str: ...
-
-    views: ClassVar[int]
     soft: ClassVar[bool]
+
+    @property
+    def named(self) -> str: ...
+
+    @property
+    def views(self) -> int: ...
 
 
 def check_mix(mix: NoMix | Mixup | Cutmix, loss: Mixable) -> None:
     """InputError where the loss has no meaning for mixed images: it compares samples, or wants two views of each."""
     if mix.kind != "none" and not (loss.soft and loss.views == 1):
         raise InputError(
-            f"data.mix.kind={mix.kind!r}: loss.kind={loss.kind!r} needs images of one class each; "
-            "use data.mix.kind=none, or a loss of one view that takes probabilities as targets, such as loss.kind=ce"
+            f"data.mix.kind={mix.kind!r}: {loss.named} needs images of one class each; "
+            "use data.mix.kind=none, or a term of one view that takes probabilities as targets, such as loss.kind=ce"
         )
 
 

@@ -15,6 +15,7 @@ from nc_dist.launch.ray_cluster import check_fits, cluster
 
 from ray import tune
 
+from nc_dist import user_code
 from nc_dist.config import FinetuneRun, TrialPlacement
 from nc_dist.launch.worker import run_trial
 from nc_dist.spec import validate
@@ -28,7 +29,7 @@ def run(todo: Sequence[Trial], launch: TrialPlacement, out: Path) -> None:
         check_fits(resources, launch.cpus, gpus, "launch.cpus")
         trees = {trial.id: trial.run.model_dump(mode="json", by_alias=True) for trial in todo}
         trainable = tune.with_resources(
-            tune.with_parameters(_work, trees=trees, cwd=os.getcwd()),
+            tune.with_parameters(_work, trees=trees, cwd=os.getcwd(), allowed=user_code.is_allowed()),
             {"cpu": launch.cpus, "gpu": gpus},
         )
         tune.Tuner(
@@ -44,8 +45,10 @@ def run(todo: Sequence[Trial], launch: TrialPlacement, out: Path) -> None:
         ).fit()
 
 
-def _work(config: dict[str, Any], trees: dict[str, Any], cwd: str) -> None:
+def _work(config: dict[str, Any], trees: dict[str, Any], cwd: str, allowed: bool) -> None:
     if Path(cwd).is_dir():
         os.chdir(cwd)
+    if allowed:
+        user_code.allow()
     result = run_trial(validate(FinetuneRun, trees[config["trial"]], config["trial"]))
     tune.report({"accuracy": result["accuracy"]})

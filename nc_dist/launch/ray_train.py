@@ -1,12 +1,15 @@
 """One journey as a Ray Train job: a group of workers, each of which runs the journey as it would anywhere else.
 
-A dead worker restarts the group, and the journey goes on from its own newest checkpoint.
+A dead worker restarts the group, and the journey goes on from its own newest checkpoint; so does an elastic group when
+the cluster has room for more workers, or for fewer. What no repetition can cure ends the group at once.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,80 +18,170 @@ from nc_dist.launch.ray_cluster import check_fits, cluster
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import UserCallback
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from nc_dist import user_code
 from nc_dist.checkpoint import latest, step_of
-from nc_dist.errors import InputError, Preempted
+from nc_dist.config import Launch, Workers
+from nc_dist.errors import Diverged, InputError, Preempted
+from nc_dist.launch import lease
+from nc_dist.launch.ray_gauges import gauges
+from nc_dist.launch.sizes import size_of
+from nc_dist.launch.tail import NOTICES, following, note
 from nc_dist.launch.worker import JOURNEYS, run_journey, stopping_on_sigterm
 from nc_dist.run_folder import STOP, result_of
 from nc_dist.spec import Spec, validate
+from nc_dist.watchdog import longest, verdict_of
+from nc_dist.world import backend, regroup
 
-COLLECTIVE_TIMEOUT_S = 1800
+FINAL: dict[str, type[Exception]] = {"InputError": InputError, "Diverged": Diverged}  # which a repetition cannot cure
+# Ray's own values suit large clusters with slow autoscalers; one that is set in the environment stays.
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # until a dead worker is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of an attempt with as many workers as there were: then fewer
+}
 
 
-def fit(name: str, spec: Spec) -> dict[str, Any]:
-    """Run the journey `name` on Ray and return its result.
+class Final(Exception):
+    """An end that no repetition can cure, as it travels from a worker to the driver: (kind, message)."""
 
-    Raises Preempted when it was stopped, InputError or RuntimeError with the first failing worker's reason.
+
+class Abandoned(Exception):
+    """Asked to stop while no worker is at work."""
+
+
+def fit(name: str, spec: Spec, sizes: list[int]) -> dict[str, Any]:
+    """Run the journey `name` on Ray, in groups of one of `sizes` workers, and return its result.
+
+    Raises Preempted when it was stopped, InputError, Diverged or RuntimeError with the first failing worker's reason.
     """
     launch, out = spec.launch, Path(spec.out).absolute()  # type: ignore[attr-defined]
     # Ray's start takes over SIGTERM (a stack dump, then abort): our way of stopping is put in place after it.
-    with cluster() as resources, stopping_on_sigterm(also=(out / STOP).touch):
+    with cluster() as resources, stopping_on_sigterm(also=partial(_stop, out)):
         gpus = launch.gpus if launch.gpus is not None else float(resources.get("GPU", 0) > 0)
-        check_fits(resources, launch.workers * launch.cpus, launch.workers * gpus, "launch.workers")
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={
-                "name": name,
-                "tree": spec.model_dump(mode="json", by_alias=True),
-                "cwd": os.getcwd(),
-            },
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=launch.workers,
-                use_gpu=bool(gpus),
-                resources_per_worker={"CPU": launch.cpus, **({"GPU": gpus} if gpus else {})},
-            ),
-            run_config=ray.train.RunConfig(
-                name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",  # ours is the state, not Ray's
-                storage_path=str(out / "ray"),
-                failure_config=ray.train.FailureConfig(max_failures=launch.retries),
-            ),
-        )
+        check_fits(resources, sizes[0] * launch.cpus, sizes[0] * gpus, "launch.workers")
         try:
-            trainer.fit()
+            with following(out / NOTICES, print), gauges(out):
+                _trainer(name, spec, launch, sizes, gpus).fit()
+        except Abandoned:
+            pass
+        except SystemExit:  # which is how Ray Train ends on SIGINT, with exit code 0
+            raise KeyboardInterrupt from None
         except TrainingFailedError as error:
-            raise _reason(error) from error
+            raise _reason(error, out) from error
     result = result_of(out)
     if result is None:
         raise Preempted(step_of(latest(out / "checkpoints")))
     return result
 
 
+def _trainer(name: str, spec: Spec, launch: Launch, sizes: list[int], gpus: float) -> TorchTrainer:
+    out = Path(spec.out).absolute()  # type: ignore[attr-defined]
+    elastic = (
+        {"elastic_resize_monitor_interval_s": launch.workers.look_s} if isinstance(launch.workers, Workers) else {}
+    )
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
+    return TorchTrainer(
+        _work,
+        train_loop_config={
+            "name": name,
+            "tree": spec.model_dump(mode="json", by_alias=True),
+            "cwd": os.getcwd(),
+            "sizes": sizes,
+            "owner": lease.owner(),
+            "user_code": user_code.is_allowed(),
+        },
+        torch_config=TorchConfig(backend=backend(bool(gpus)), timeout_s=longest(launch.hang_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(sizes[0], sizes[-1]) if len(sizes) > 1 else sizes[0],
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": launch.cpus, **({"GPU": gpus} if gpus else {})},
+            **elastic,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",  # ours is the state, not Ray's
+            storage_path=str(out / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=launch.retries),
+            callbacks=[_Failures(out, launch.retries)],
+        ),
+    )
+
+
 def _work(config: dict[str, Any]) -> None:
     """On each worker. A stop is no failure: the group ends quietly and the driver sees that there is no result."""
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])  # relative paths mean the same on driver and workers
+    if config["user_code"]:
+        user_code.allow()
     if torch.cuda.is_available():
         device = ray.train.torch.get_device()  # Ray lets the workers of a node see all of its GPUs
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # what DeepSpeed goes by
-    spec = validate(JOURNEYS[config["name"]].spec, config["tree"], "run")
     try:
-        run_journey(config["name"], spec)
+        spec: Any = validate(JOURNEYS[config["name"]].spec, config["tree"], "run")
+        tell: Callable[[str], object] = partial(note, Path(spec.out))
+        if _trains(config["sizes"], spec.launch, tell):
+            run_journey(config["name"], spec, config["owner"], tell)
     except Preempted as stopped:
         print(stopped, flush=True)
+    except (InputError, Diverged) as error:
+        kind = next(name for name, cls in FINAL.items() if isinstance(error, cls))
+        raise Final(kind, str(error)) from error
 
 
-def _reason(error: TrainingFailedError) -> Exception:
-    """The first failing worker's error as ours: user input stays an InputError."""
-    failures = list(getattr(error, "worker_failures", {}).items())
-    for _, failure in failures:
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, InputError) or type(cause).__name__ == "InputError":
-            return InputError(str(cause))
-    if failures:
-        rank, failure = failures[0]
-        return RuntimeError(f"worker {rank} failed: {failure}")
-    return RuntimeError(str(error))
+def _trains(sizes: list[int], launch: Launch, tell: Callable[[str], object]) -> bool:
+    """Whether this worker is of those that train: surplus ones, which the batch cannot be shared with, end at once."""
+    context = ray.train.get_context()
+    started = context.get_world_size()
+    size = size_of(started, sizes)
+    if context.get_world_rank() == 0 and len(sizes) > 1:
+        rest = f", {started - size} idle: {size} is the largest of {sizes} that there are enough for"
+        tell(f"{started} workers started, {size} train{rest if started > size else ''}")
+    return size == started or regroup(size, broadcast_from_rank_zero, longest(launch.hang_s))
+
+
+class _Failures(UserCallback):  # type: ignore[misc]
+    """In the controller: tells of workers that failed. An end that no repetition can cure is raised: Ray ends then."""
+
+    def __init__(self, out: Path, retries: int) -> None:
+        self.out, self.retries, self.count = out, retries, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, Final):
+                raise error
+        self.count += 1
+        then = "the group starts again from the newest checkpoint" if self.count <= self.retries else "no more retries"
+        note(self.out, f"{_said(worker_exceptions)}; failure {self.count} of {self.retries} that are retried: {then}")
+
+
+def _said(failures: dict[int, Exception]) -> str:
+    """One line on the failed worker that the others failed by: one that died, else the first."""
+    died = {rank: error for rank, error in failures.items() if hasattr(error, "health_check_failure")}
+    rank, error = next(iter((died or failures).items()))
+    if died:
+        return f"worker {rank} died"
+    return f"worker {rank} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _reason(error: TrainingFailedError, out: Path) -> Exception:
+    """Why the group failed, as ours: ends that no repetition cures keep their kind, a hang its line."""
+    final = getattr(error, "controller_failure", None)
+    if isinstance(final, Final):
+        kind, message = final.args
+        return FINAL[kind](message)
+    if line := verdict_of(out):
+        return RuntimeError(line)
+    failures = getattr(error, "worker_failures", None)
+    return RuntimeError(f"{_said(failures)}\n{error}" if failures else str(error))
+
+
+def _stop(out: Path) -> None:
+    """Ask the workers to stop; where none is at work, nobody would see it: raises Abandoned."""
+    (out / STOP).touch()
+    if not lease.is_held(out):
+        raise Abandoned

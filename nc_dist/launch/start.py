@@ -8,15 +8,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nc_dist import console, plan, sweep
 from nc_dist.config import SweepRun
-from nc_dist.errors import DONE, STATES, InputError, Preempted, Terminated, exit_code
+from nc_dist.errors import DONE, FAILED, STATES, Diverged, InputError, Preempted, Terminated, exit_code
+from nc_dist.launch import lease
+from nc_dist.launch.sizes import allowed_sizes
 from nc_dist.launch.worker import JOURNEYS, ending_on_sigterm, run_journey, run_trial, stopping_on_sigterm
 from nc_dist.report import write_report
-from nc_dist.run_folder import STOP, check_same, prepare, result_of, write_result, write_status, write_whole
+from nc_dist.run_folder import STATUS, STOP, check_same, prepare, result_of, write_result, write_status, write_whole
 from nc_dist.spec import Spec, load
 
 On = Literal["auto", "here", "ray"]
@@ -30,14 +33,19 @@ class Work(NamedTuple):
     run: Callable[[], None]
 
 
-def start(journey: str, file: Path, overrides: list[str], on: On, dry_run: bool, name: str | None, fresh: bool) -> int:
+def start(
+    journey: str, file: Path, overrides: list[str], on: On, dry_run: bool, name: str | None, fresh: bool,
+    planned: plan.Cluster | None = None,
+) -> int:  # fmt: skip
     """Run one journey from its file; the exit code says how it ended, status.json says the same.
 
-    Under torchrun every rank comes here; rank 0 alone checks, speaks and writes.
+    `planned` is a cluster that the plan is for, instead of this one. Under torchrun every rank comes here; rank 0
+    alone checks, speaks and writes.
     """
     out: Path | None = None
     try:
         spec = _load(journey, file, overrides, name)
+        cluster = _cluster(planned, journey, dry_run)
         folder, where = Path(spec.out), _where(on)  # type: ignore[attr-defined]
         _refuse_working_dir(folder)
         if is_leader() and not fresh:
@@ -48,10 +56,12 @@ def start(journey: str, file: Path, overrides: list[str], on: On, dry_run: bool,
                 raise InputError(f"{folder}: finished, but {changed}; --fresh runs it anew, --name elsewhere")
             _say(f"{folder} is finished already; --fresh runs it anew")
             return DONE
-        work = _sweep(spec, file, where) if isinstance(spec, SweepRun) else _journey(journey, spec, where)
+        work = _sweep(spec, file, where) if isinstance(spec, SweepRun) else _journey(journey, spec, where, cluster)
         if dry_run:
             _say(f"{journey} -> {folder} ({where})\n{plan.show(work.plan)}")
             return DONE
+        if is_leader():
+            lease.wait_until_free(folder, lease.owner())
         out = prepare(spec, fresh) if is_leader() else folder
         _status(out, "running", None)
         work.run()
@@ -89,11 +99,26 @@ def _refuse_working_dir(out: Path) -> None:
         raise InputError(f"out={out}: a Ray job needs an absolute path on storage that all nodes share")
 
 
-def _journey(name: str, spec: Any, where: Where) -> Work:
+def _cluster(planned: plan.Cluster | None, journey: str, dry_run: bool) -> plan.Cluster | None:
+    """What a plan is to be made for; None where none is to be made."""
+    if planned is not None and (journey != "pretrain" or not dry_run):
+        raise InputError("--nodes, --gpus-per-node and --gpu plan a pretrain for another cluster: with --dry-run only")
+    if planned is not None and planned.nodes > 1 and planned.gpus_per_node is None:
+        raise InputError(f"--nodes {planned.nodes}: say --gpus-per-node as well")
+    return (planned or plan.Cluster()) if journey == "pretrain" and dry_run else None
+
+
+def _journey(name: str, spec: Any, where: Where, cluster: plan.Cluster | None) -> Work:
     """One run: here, under torchrun, or as a Ray Train job."""
     out = Path(spec.out)
-    world_size = spec.launch.workers if where == "ray" else int(os.environ.get("WORLD_SIZE", "1"))
-    checked = JOURNEYS[name].check(spec, world_size) if is_leader() else {}
+    sizes = [int(os.environ.get("WORLD_SIZE", "1"))]
+    if where == "ray":
+        sizes = allowed_sizes(spec.launch.workers, JOURNEYS[name].micro(spec))
+    if cluster is not None and cluster.world is not None:
+        sizes = [cluster.world]
+    checked = JOURNEYS[name].check(spec, sizes[-1], *([cluster] if cluster else [])) if is_leader() else {}
+    if len(sizes) > 1:
+        checked["workers on Ray, as many as there are"] = sizes
 
     def run() -> None:
         with console.following(out) if is_leader() else nullcontext():
@@ -101,10 +126,10 @@ def _journey(name: str, spec: Any, where: Where) -> Work:
                 from nc_dist.launch.ray_train import fit
 
                 with stopping_on_sigterm(also=(out / STOP).touch):
-                    result = fit(name, spec)
+                    result = fit(name, spec, sizes)
             else:
                 with stopping_on_sigterm():
-                    result = run_journey(name, spec)
+                    result = run_journey(name, spec, hung=partial(_hung, out))
         _say_done(out, result)
 
     return Work(checked, run)
@@ -144,24 +169,40 @@ def _sweep(spec: SweepRun, file: Path, where: Where) -> Work:
 def _ended(error: BaseException, out: Path | None) -> int:
     """Say what happened, in a form that fits it, and return the exit code."""
     code = exit_code(error)
-    resume = " ".join(["nc-dist", *sys.argv[1:]])
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, Preempted):
-        print(f"{error}; go on with the same command:\n  {resume}", file=sys.stderr)
+        print(f"{error}; go on with the same command:\n  {_command()}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt | Terminated):
         print(f"{STATES[code]}; the same command goes on from the last checkpoint", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"failed: {error}", file=sys.stderr)
-    if out is not None:
-        _status(out, STATES[code], code, f"{type(error).__name__}: {error}", resume)
+    final = isinstance(error, InputError | Diverged)
+    if out is not None and (final or (is_leader() and not (code == FAILED and _another_told(out)))):
+        write_status(out, STATES[code], code, f"{type(error).__name__}: {error}", _command())
     return code
 
 
-def _status(out: Path, state: str, code: int | None, reason: str = "", resume: str = "") -> None:
+def _another_told(out: Path) -> bool:
+    """Whether another rank said why the group ends: this one failed because that one was gone."""
+    status = json.loads((out / STATUS).read_text())
+    return status["pid"] != os.getpid() and status["code"] is not None
+
+
+def _hung(out: Path, line: str) -> None:
+    """On a rank that ends the group because one hangs."""
+    print(line, file=sys.stderr, flush=True)
+    write_status(out, STATES[FAILED], FAILED, line, _command())
+
+
+def _command() -> str:
+    return " ".join(["nc-dist", *sys.argv[1:]])
+
+
+def _status(out: Path, state: str, code: int | None) -> None:
     if is_leader():
-        write_status(out, state, code, reason, resume)
+        write_status(out, state, code)
 
 
 def _say(text: str) -> None:

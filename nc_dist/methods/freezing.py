@@ -50,7 +50,7 @@ def find_block(model: Model, block: str | None) -> str:
 
 def block_module(model: Model, block: str) -> nn.Module:
     """The submodule of a block."""
-    return model.backbone.net.get_submodule(block)
+    return model.backbone.module(model.backbone.index(block))
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:

@@ -6,9 +6,10 @@ from pydantic import Field
 
 from nc_dist.optim.adamw import AdamW
 from nc_dist.optim.groups import parameter_groups
+from nc_dist.optim.lars import LARS
 from nc_dist.optim.schedule import Schedule
 from nc_dist.optim.sgd import SGD
 
-OptimSpec = Annotated[SGD | AdamW, Field(discriminator="kind")]
+OptimSpec = Annotated[SGD | AdamW | LARS, Field(discriminator="kind")]
 
-__all__ = ["SGD", "AdamW", "OptimSpec", "Schedule", "parameter_groups"]
+__all__ = ["LARS", "SGD", "AdamW", "OptimSpec", "Schedule", "parameter_groups"]

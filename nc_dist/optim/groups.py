@@ -30,16 +30,28 @@ class Optim(Spec):
 def parameter_groups(model: nn.Module, blocks: Sequence[str], optim: Optim) -> list[Group]:
     """The trained parameters in groups of one weight decay and one `lr_scale` each, by which the engine multiplies lr.
 
-    `blocks` are the prefixes of the model's parameter names, from the input on. What comes before the first block has
-    depth 0, what comes after the last one the greatest, len(blocks) + 1, and there lr_scale is 1.
+    `blocks` are the prefixes of the model's parameter names, from the input on; see `depths`.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    prefixes, depth = [f"{block}." for block in blocks], 0
-    for name, parameter in model.named_parameters():
-        within = [i + 1 for i, prefix in enumerate(prefixes) if name.startswith(prefix)]
-        depth = within[0] if within else len(blocks) + 1 if depth else 0
+    named = list(model.named_parameters())
+    for (_, parameter), depth in zip(named, depths([name for name, _ in named], blocks), strict=True):
         if parameter.requires_grad:
             decayed = optim.decay_norm_and_bias or parameter.ndim > 1
             scale = optim.layer_decay ** (len(blocks) + 1 - depth)
             found.setdefault((optim.weight_decay if decayed else 0.0, scale), []).append(parameter)
     return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in found.items()]
+
+
+def depths(names: Sequence[str], blocks: Sequence[str]) -> list[int]:
+    """How deep each parameter lies: 0 before the first block, i in the i-th one, len(blocks) + 1 after the last.
+
+    What lies between two blocks goes with the one before it. `names` come in the model's order.
+    """
+    prefixes = [f"{block}." for block in blocks]
+    numbers = [next((i for i, start in enumerate(prefixes, 1) if name.startswith(start)), 0) for name in names]
+    last = max((place for place, number in enumerate(numbers) if number), default=-1)
+    found, depth = [], 0
+    for place, number in enumerate(numbers):
+        depth = number or (depth if place < last else len(blocks) + 1)
+        found.append(depth)
+    return found

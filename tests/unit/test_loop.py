@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
+from nc_dist.adversary import PGD, AdversarySpec, NoAdversary
 from nc_dist.backbones import SmallResNetSpec, from_vit
 from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.mix import Cutmix, MixSpec, Mixup, NoMix
@@ -59,11 +62,22 @@ def run(
     start: int = 0,
     seed: int = 0,
     mix: MixSpec | None = None,
+    momentum: float = 0,
+    ema: float | None = None,
+    adversary: AdversarySpec | None = None,
+    averages: dict[str, Tensor] | None = None,
+    **settings: Any,
 ) -> Iterator[Step]:
-    engine = TorchEngine(trained, TorchSpec(precision="fp64"), SGD(momentum=0, weight_decay=0), World())
+    """The steps; `averages` gets the averaged weights at the end."""
+    spec = TorchSpec.model_validate({"precision": "fp64", **settings})
+    engine = TorchEngine(trained, spec, SGD(momentum=momentum, nesterov=momentum > 0, weight_decay=0), World(), ema)
     schedule = Schedule(kind="constant", warmup=0)
     objective = Objective(loss, INPUT, len(batches[0]), seed, 0.1, schedule, steps or len(batches), mix or NoMix())
-    return train_steps(engine, batches, objective, World(), start)
+    objective = replace(objective, adversary=adversary or NoAdversary())
+    yield from train_steps(engine, batches, objective, World(), start)
+    if averages is not None:
+        with engine.averaged():
+            averages |= {name: value.clone() for name, value in trained.state_dict().items()}
 
 
 def by_hand(trained: Model, loss: LossSpec, micros: list[Batch]) -> float:
@@ -252,3 +266,103 @@ def test_a_stop_is_seen_in_the_step_after_which_it_was_asked() -> None:
 
 def test_every_depends_on_the_step_alone() -> None:
     assert [step for step in range(1, 10) if every(3, step)] == [3, 6, 9]
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("resnet", CrossEntropy()), ("resnet", SupCon()), ("vit", SupCon())])
+def test_recomputed_blocks_give_the_same_steps_and_running_statistics(kind: str, loss: LossSpec) -> None:
+    """With dropout in the transformer: the second forward of a block draws what the first one drew."""
+    states, forwards = [], []
+    for recompute in (False, True):
+        trained = model(kind, classes=3 if loss.uses_logits else 0, dropout=0.5)
+        calls: list[int] = []
+        block = trained.backbone.net.get_submodule(trained.blocks[1].name)
+        block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        list(run(trained, loss, data(3, 2, loss.views), recompute=recompute))
+        states.append(trained.state_dict())
+        forwards.append(len(calls))
+    assert forwards[1] == forwards[0] + 6, "one more forward for each of 6 backwards"
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def nan_where_marked(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A net that gives NaN for images whose first number is that of a white pixel."""
+    images = args[0]
+    marked = images[:, 0, 0, 0] == 2  # (255 / 255 - 0.5) / 0.25
+    return (torch.where(marked[:, None, None, None], torch.nan, images),)
+
+
+def marked(batches: list[list[Batch]], step: int, micro: int) -> list[list[Batch]]:
+    """The same batches, of which one image is of the marked kind and no other."""
+    for batch in (batch for micros in batches for batch in micros):
+        batch.images[:, 0, 0, 0].clamp_(max=254)
+    batches[step][micro].images[-1, 0, 0, 0] = 255
+    return batches
+
+
+@pytest.mark.parametrize("micros", [1, 3])
+@pytest.mark.parametrize("loss", [CrossEntropy(), SupCon()], ids=lambda loss: loss.kind)
+def test_a_step_whose_loss_is_nan_leaves_no_trace(loss: LossSpec, micros: int) -> None:
+    """Weights, momentum, running statistics and averages: training goes on as if the step had not been there."""
+    classes, batches = 3 if loss.uses_logits else 0, marked(data(4, micros, loss.views), 1, micros - 1)
+    trained, never_saw_it = model(classes=classes), model(classes=classes)
+    trained.register_forward_pre_hook(nan_where_marked)
+    averages: list[dict[str, Tensor]] = [{}, {}]
+    steps = list(run(trained, loss, batches, momentum=0.9, ema=0.5, averages=averages[0]))
+    assert [step.applied for step in steps] == [True, False, True, True]
+    assert [np.isfinite(step.metrics()["train/loss"]) for step in steps] == [True, False, True, True]
+    others = batches[:1] + batches[2:]
+    assert all(step.applied for step in run(never_saw_it, loss, others, momentum=0.9, ema=0.5, averages=averages[1]))
+    for ours, theirs in ((trained.state_dict(), never_saw_it.state_dict()), averages):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-14, msg=name)
+
+
+class InfiniteSupCon(SupCon):
+    """Infinite where a label is 2, though its gradients are finite."""
+
+    def __call__(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        return super().__call__(outputs, targets) + (torch.inf if 2 in targets else 0)
+
+
+@pytest.mark.parametrize("micros", [1, 3])
+def test_an_infinite_loss_takes_no_step_though_its_gradients_are_finite(micros: int) -> None:
+    trained = model(classes=0)
+    (step,) = run(trained, InfiniteSupCon(), data(1, micros, views=2))
+    assert not step.applied and step.metrics()["train/loss"] == torch.inf
+    assert largest_difference(trained, model(classes=0).double()) == 0
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), SupCon()], ids=lambda loss: loss.kind)
+def test_an_adversarial_step_trains_on_what_the_attack_makes_of_each_micro_batch(loss: LossSpec) -> None:
+    """The attack sees the model in eval mode, with the running statistics of the step before, at all micro-batches."""
+    classes, pgd, batches = 3 if loss.uses_logits else 0, PGD(epsilon=0.7, steps=2), data(2, 2, loss.views)
+    ours = model(classes=classes)
+    before: list[Model] = []
+    expected, seen = [], []
+
+    def attacked(j: int) -> Tensor:
+        batch, net = batches[1][j], before[0]
+        labels, images = batch.labels.repeat(loss.views), normalise(batch.images, INPUT, torch.float64)
+        random = torch.Generator().manual_seed(int(hash_text(f"0/1/{j}"), 16) % 2**63)
+        return pgd.attacked(images, INPUT, lambda x: loss(net(x), labels), random)
+
+    steps = run(ours, loss, batches, adversary=pgd)
+    next(steps)
+    before.append(copy.deepcopy(ours).eval())
+    expected = [attacked(j) for j in range(2)]
+    ours.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if module.training else None)
+    (step,) = steps
+    assert step.applied and all(p.grad is None for p in ours.parameters())
+    for images, wanted, batch in zip(seen[-2:], expected, batches[1], strict=True):
+        torch.testing.assert_close(images, wanted, rtol=0, atol=1e-12)
+        assert float((images - normalise(batch.images, INPUT, torch.float64)).abs().max()) > 0.1
+
+
+def test_an_attack_on_mixed_images_raises_the_loss_of_their_soft_targets() -> None:
+    losses = []
+    for adversary in (NoAdversary(), PGD(epsilon=1)):
+        (step,) = run(model(), CrossEntropy(), data(1, 2), mix=Mixup(alpha=1), adversary=adversary)
+        losses.append(step.metrics()["train/loss"])
+    assert losses[0] < losses[1]

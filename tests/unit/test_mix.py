@@ -134,7 +134,7 @@ def test_a_loss_that_compares_samples_or_views_is_refused_with_the_remedy(mix: M
 
 def test_two_views_are_refused_whatever_the_loss() -> None:
     class TwoViews(CrossEntropy):
-        views = 2
+        views = property(lambda self: 2)
 
     with pytest.raises(InputError, match="data.mix.kind='mixup'"):
         check_mix(Mixup(), TwoViews())

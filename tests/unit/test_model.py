@@ -15,7 +15,16 @@ from nc_dist.backbones import SmallResNet, SmallResNetSpec, TorchvisionSpec, fro
 from nc_dist.data.augment import InputSpec
 from nc_dist.errors import InputError
 from nc_dist.heads import MLPHead, NoHead
-from nc_dist.model import Model, ModelSpec, add_padded, export, exported, load_exported, with_new_classifier
+from nc_dist.model import (
+    Model,
+    ModelSpec,
+    add_padded,
+    check_input,
+    export,
+    exported,
+    load_exported,
+    with_new_classifier,
+)
 
 SMALL = SmallResNetSpec(name="resnet8", width=4)
 VIT = {"image_size": 16, "patch_size": 8, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
@@ -241,6 +250,41 @@ def test_published_weights_are_not_fetched_again_to_read_an_export(tmp_path: Pat
     model.spec = model.spec.model_copy(update={"backbone": weights})
     export(model, tmp_path / "export", InputSpec(), [], {})
     assert load_exported(tmp_path).config["model"]["backbone"]["weights"] == "IMAGENET1K_V1"
+
+
+def check(model: dict[str, Any], classes: int = 5, rows: int = 2, size: int = 8) -> int:
+    return check_input(ModelSpec.model_validate({"backbone": SMALL, **model}), InputSpec(size=size), classes, rows)
+
+
+def test_the_check_counts_all_parameters_but_the_classifiers_and_allocates_none() -> None:
+    assert check({}) == check({}, classes=0) == sum(p.numel() for p in small(num_classes=0).parameters())
+    wide = {"kind": "mlp", "hidden": 10**6, "output": 10**6}  # 4 TB of weights
+    assert check({"head": wide}, classes=10**6) == check({}) + 16 * 10**6 + 10**12 + 2 * 10**6
+    assert check({"backbone": TorchvisionSpec(name="resnet18", weights="DEFAULT")}, size=32) == 11_176_512
+
+
+@pytest.mark.parametrize(
+    "model, more, error",
+    [
+        ({"backbone": {"kind": "torchvision", "name": "vit_b_16"}}, {"size": 32}, "input.size=32: vit_b_16 cannot be"),
+        ({"backbone": {"kind": "torchvision", "name": "resnet18"}}, {"rows": 1}, "input.size=8: resnet18 .* 1 such"),
+        ({"head": {"kind": "mlp", "output": 10**18}}, {}, "model.head.kind=mlp: .*Storage size"),
+        (
+            {"head": {"kind": "trex"}},
+            {"rows": 1},
+            "model.head.kind=trex: not for 1 rows .*more than 1 value per channel",
+        ),
+        ({"head": {"kind": "etf", "output": 15}}, {}, "model.head.output=15: .* set 16 or more"),
+        ({}, {"classes": 10**18}, "model.classifier.kind=linear: not for 10+ classes"),
+        ({"classifier": {"kind": "etf"}}, {"classes": 18}, "model.classifier.kind=etf: .* of 18 .* embedding has 16"),
+    ],
+)
+def test_what_cannot_be_built_or_trained_is_refused_by_its_key(
+    model: dict[str, Any], more: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(InputError, match=error):
+        check(model, **more)
+    check({"head": {"kind": "mlp"}, "classifier": {"kind": "etf"}}, rows=1, classes=17)
 
 
 def test_an_unknown_torchvision_name_lists_those_there_are() -> None:

@@ -46,9 +46,14 @@ def refused(tree: Tree, *overrides: str, cls: type[Spec] = PretrainRun) -> str:
     "given, named, near, allowed",
     [
         ("sed=1", "sed=1", "seed", "out, seed, data"),
-        ("optim.momentun=0.9", "optim.momentun=0.9", "momentum", "kind, lr, momentum, weight_decay, nesterov"),
+        (
+            "optim.momentun=0.9",
+            "optim.momentun=0.9",
+            "momentum",
+            "lr, weight_decay, decay_norm_and_bias, layer_decay, kind, momentum, nesterov",
+        ),
         ("batch.globl=9", "batch.globl=9", "global", "global, micro"),
-        ("model.backbone.widht=9", "model.backbone.widht=9", "width", "kind, name, width"),
+        ("model.backbone.widht=9", "model.backbone.widht=9", "width", "weights, kind, name, width"),
         ("data.augment={kind: crop_flip, padd: 1}", "data.augment.padd=1", "pad", "flip, then, kind, pad"),
     ],
 )
@@ -89,7 +94,11 @@ def test_a_plain_union_is_named_by_its_key_alone() -> None:
     [
         ("loss.kind=supconn", "loss.kind='supconn': unknown kind; did you mean 'supcon'? Allowed: ce, supcon"),
         ("engine.kind=horovod", "engine.kind='horovod': unknown kind. Allowed: torch, deepspeed"),
-        ("model.backbone.kind=timm", "model.backbone.kind='timm': unknown kind. Allowed: small_resnet, torchvision"),
+        (
+            "model.backbone.kind=resnet",
+            "model.backbone.kind='resnet': unknown kind; did you mean 'small_resnet'? "
+            "Allowed: small_resnet, torchvision, timm, own",
+        ),
     ],
 )
 def test_an_unknown_kind_lists_the_kinds(tree: Tree, given: str, said: str) -> None:

@@ -5,10 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from google.protobuf import text_format
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
+from nc_dist.gram_figure import MOST, gram_figure, shown_classes
 from nc_dist.tracking import FILE, HPARAMS, OUTCOMES, Tracker, cut_back, flat_nc
 from nc_dist.world import World
 
@@ -61,6 +66,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, World(rank=1, size=2))
     tracker.scalars(1, {"a": 1})
     tracker.custom_page()
+    tracker.class_means(1, class_means_of(3), ["a", "b", "c"])
     tracker.hparams({}, {})
     tracker.close()
     assert list(tmp_path.iterdir()) == []
@@ -117,6 +123,44 @@ def test_the_custom_page_names_curves_that_exist(tmp_path: Path) -> None:
     layout = str(board(tmp_path).Tensors("custom_scalars__config__"))
     for name in ("nc/train_before/nc1", "nc/heldout_after/nc4"):
         assert name in layout
+
+
+def class_means_of(num_classes: int, dim: int = 5) -> torch.Tensor:
+    means = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(0))
+    return means - means.mean(0)
+
+
+def test_class_means_are_an_image_and_points_with_names_in_the_projector(tmp_path: Path) -> None:
+    tracker, means = Tracker(tmp_path, World()), class_means_of(4)
+    tracker.class_means(7, means, ["a", "two words", "tab\there", ""])
+    tracker.close()
+    events = board(tmp_path)
+    (image,) = events.Images("nc/gram")
+    assert image.step == 7 and image.width > 100 and image.encoded_image_string.startswith(b"\x89PNG")
+
+    config = text_format.Parse((tmp_path / "tb/projector_config.pbtxt").read_text(), ProjectorConfig())
+    (embedding,) = config.embeddings
+    folder = tmp_path / "tb"
+    points = [
+        [float(x) for x in line.split("\t")] for line in (folder / embedding.tensor_path).read_text().splitlines()
+    ]
+    assert torch.allclose(torch.tensor(points), means, atol=1e-6)
+    assert (folder / embedding.metadata_path).read_text().splitlines() == ["a", "two words", "tab here", "-"]
+
+
+def test_the_figure_of_a_collapsed_net_is_a_simplex_etf(tmp_path: Path) -> None:
+    eye = torch.eye(5)
+    figure = gram_figure(3 * (eye - eye.mean(0)))
+    shown = figure.axes[0].get_images()[0].get_array()
+    assert np.allclose(shown, np.where(np.eye(5) == 1, 1, -1 / 4))
+    assert "all 5 classes" in figure.axes[0].get_title() and "simplex ETF: -0.25" in figure.axes[0].get_title()
+
+
+def test_of_many_classes_some_are_drawn_and_the_figure_says_so() -> None:
+    assert shown_classes(3) == [0, 1, 2] and len(set(shown_classes(1000))) == MOST == len(shown_classes(1000))
+    figure = gram_figure(class_means_of(1000))
+    assert figure.axes[0].get_images()[0].get_array().shape == (MOST, MOST)
+    assert f"{MOST} of 1000 classes" in figure.axes[0].get_title()
 
 
 def test_flat_nc_has_every_number_and_no_text() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nc_dist.errors import InputError
-from nc_dist.weights import load_weights, match_weights, read_weights, weights_identity
+from nc_dist.weights import fit_weights, load_weights, match_weights, read_weights, weights_identity
 
 State = dict[str, Tensor]
 
@@ -214,7 +214,35 @@ def test_counters_of_batch_norm_may_be_missing_and_what_is_not_used_is_told(tmp_
     torch.save({**state, "head.0.weight": torch.zeros(3)}, tmp_path / "w.pt")
     match = load_weights(Net(), tmp_path / "w.pt")
     assert match.missing == () and match.unexpected == ("head.0.weight",)
-    assert str(match) == "8 of 8 tensors; 1 of the file not used"
+    assert str(match) == "8 of 8 tensors; 1 of the file not used: head (1)"
+
+
+def test_what_is_not_used_is_told_by_the_parts_of_the_file_that_it_is_in(tmp_path: Path) -> None:
+    more = {
+        **prefixed(drawn(2), "module.encoder_k."),
+        "module.encoder_q.projector.0.weight": torch.zeros(3),
+        "module.encoder_q.projector.2.weight": torch.zeros(3),
+        "module.encoder_q.bn1.scale": torch.zeros(1),
+        "module.queue": torch.zeros(9),
+        "step": torch.tensor(3),
+    }
+    torch.save({**prefixed(drawn(1), "module.encoder_q."), **more}, tmp_path / "w.pt")
+    match = load_weights(Net(), tmp_path / "w.pt")
+    parts = ["module.encoder_k (9)", "module.encoder_q.projector (2)", "module.encoder_q.bn1.scale (1)"]
+    assert match.unused() == [*parts, "module.queue (1)", "step (1)"]
+    assert str(match).endswith("14 of the file not used: " + ", ".join(match.unused()))
+
+
+def test_a_fit_is_found_without_loading_anything_also_where_nothing_is_allocated(tmp_path: Path) -> None:
+    state, net = drawn(1), Net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.device("meta"):
+        empty = Net()
+    for module in (net, empty):
+        assert fit_weights(module, prefixed(state, "a."), (), "here").matched == tuple(state)
+        with pytest.raises(InputError, match="here: does not fit the model: 7 tensors do; 2 are missing"):
+            fit_weights(module, {n: v for n, v in state.items() if not n.startswith("fc.")}, (), "here")
+    assert same(net.state_dict(), before)
 
 
 class Staged(nn.Module):

@@ -1,0 +1,43 @@
+"""Backbones: nets cut at their blocks, and where they come from. One file for each family and each origin."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from nc_dist.backbones.cut import Backbone, Block
+from nc_dist.backbones.own import OwnSpec
+from nc_dist.backbones.resnet import from_resnet
+from nc_dist.backbones.small_resnet import SmallResNet, SmallResNetSpec
+from nc_dist.backbones.timm_nets import TimmSpec
+from nc_dist.backbones.torchvision_nets import TorchvisionSpec
+from nc_dist.backbones.vit import from_vit
+
+NAMED = ("small_resnet", "torchvision", "timm")  # kinds of which a name can be all that is said
+
+
+def spelled_out(block: Any) -> Any:
+    """`timm:NAME` as the block with this kind and name, and so for the other kinds that have names."""
+    if not isinstance(block, str):
+        return block
+    kind, _, name = block.partition(":")
+    if kind not in NAMED:
+        raise ValueError(f"expected a block with the key 'kind', or {', '.join(f'{kind}:NAME' for kind in NAMED)}")
+    return {"kind": kind, "name": name}
+
+
+BackboneSpec = Annotated[
+    SmallResNetSpec | TorchvisionSpec | TimmSpec | OwnSpec, Field(discriminator="kind"), BeforeValidator(spelled_out)
+]
+
+__all__ = [
+    "Backbone",
+    "BackboneSpec",
+    "Block",
+    "OwnSpec",
+    "SmallResNet",
+    "SmallResNetSpec",
+    "TimmSpec",
+    "TorchvisionSpec",
+    "from_resnet",
+    "from_vit",
+]

@@ -1,0 +1,55 @@
+"""How fast a run is and what memory it takes: the scalars under perf/ and sys/. For `pretrain`."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from nc_dist.config import PretrainRun
+from nc_dist.gpus import Gpu, recognised
+from nc_dist.loop import Step
+from nc_dist.model_cost import model_cost
+from nc_dist.plan_time import mfu
+from nc_dist.world import World
+
+
+@dataclass(frozen=True)
+class Perf:
+    """Of one run in one world. `forward`, FLOPs of one image, is looked for only where the GPU's peak is known."""
+
+    world: World
+    batch: int
+    views: int
+    precision: str
+    gpu: Gpu | None = None
+    forward: int = 0
+
+    def scalars(self, step: Step) -> dict[str, float]:
+        """Of one step: images a second over all processes, the share of waiting for data, MFU, peak memory in GB."""
+        per_second = self.batch / step.seconds
+        found = {
+            "perf/images_per_second": per_second,
+            "perf/data_wait_frac": step.data_seconds / step.seconds,
+            **self._memory(),
+        }
+        if self.gpu is not None:
+            peak = self.gpu.peak(self.precision)
+            found["perf/mfu"] = mfu(per_second * self.views, self.forward, peak, self.world.size)
+        return found
+
+    def _memory(self) -> dict[str, float]:
+        if self.world.device.type == "cuda":
+            return {"sys/gpu_memory_gb": torch.cuda.max_memory_allocated(self.world.device) / 1e9}
+        return {"sys/rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def perf_of(run: PretrainRun, num_classes: int, world: World) -> Perf:
+    """That of a run; `num_classes` of the classifier, 0 without one."""
+    known = Perf(world, run.batch.global_, run.loss.views, run.engine.precision)
+    device = recognised(world.device_name)
+    if device is None:
+        return known
+    forward = model_cost(run.model, num_classes, run.input, images=2).flops
+    return Perf(world, known.batch, known.views, known.precision, device, forward)

@@ -1,0 +1,170 @@
+"""What --dry-run says of a pre-training run and of a cluster, and what the shipped run files would take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from processes import ROOT, SMALL, rows
+
+from nc_dist.config import PretrainRun
+from nc_dist.data.order import Order, check_world, default_lanes
+from nc_dist.errors import BAD_INPUT, DONE
+from nc_dist.gpus import gpu
+from nc_dist.launch.start import start
+from nc_dist.model import check_input
+from nc_dist.model_cost import model_cost
+from nc_dist.plan import Cluster
+from nc_dist.pretrain_plan import cluster_plan, disk_lines, measured_at, work_of
+from nc_dist.source_set import SourceSet, open_source_set
+from nc_dist.spec import load
+
+RUN_FILES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def planned(*overrides: str, cluster: Cluster | None = None, dry_run: bool = True, journey: str = "pretrain") -> int:
+    return start(journey, SMALL, list(overrides), "here", dry_run, None, False, cluster)
+
+
+def size(text: str) -> float:
+    """Of `1.5 GB`."""
+    number, unit = re.match(r"([\d.]+) (\w*)B", text).groups()  # type: ignore[union-attr]
+    return float(number) * UNITS[unit]
+
+
+def test_the_plan_has_a_row_for_each_stage_and_marks_the_runs_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned(f"out={tmp_path / 'x'}", "engine.kind=deepspeed", "engine.zero=2") == DONE
+    said = capsys.readouterr().out
+    assert [line.split()[:2] for line in said.splitlines() if "ZeRO" in line] == [["ZeRO", str(n)] for n in range(4)]
+    assert "ZeRO 2 <- this run" in said and "GPU-hours" in said and "unknown without a GPU" in said
+    assert "possible numbers of processes                 [1, 2, 4]" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_cluster_that_one_does_not_have_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(f"out={tmp_path / 'x'}", cluster=Cluster(2, 2, "h200")) == DONE
+    said = capsys.readouterr().out
+    assert re.search(r"processes +4\n", said) and re.search(r"accumulated per process +1\n", said)
+    assert "141 GB (h200): the run fits" in said and "bytes that leave a node in a step" in said
+    assert "are reached: assumed, not measured; slow data" in said
+
+
+def test_a_cluster_that_does_not_divide_the_batch_is_refused_with_those_that_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned(f"out={tmp_path / 'x'}", cluster=Cluster(1, 3)) == BAD_INPUT
+    assert "world size 3 does not divide the 4 micro-batches of a step; possible: [1, 2, 4]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cluster", "dry_run", "journey", "message"),
+    [
+        (Cluster(1, 2), False, "pretrain", "with --dry-run only"),
+        (Cluster(1, 2), True, "finetune", "--nodes, --gpus-per-node and --gpu plan a pretrain"),
+        (Cluster(2), True, "pretrain", "--nodes 2: say --gpus-per-node as well"),
+        (Cluster(gpu="abacus"), True, "pretrain", "--gpu abacus: unknown; known are"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cluster: Cluster, dry_run: bool, journey: str, message: str
+) -> None:
+    out = tmp_path / "x"
+    file = SMALL if journey == "pretrain" else ROOT / "configs/finetune/digits.yaml"
+    assert start(journey, file, [f"out={out}"], "here", dry_run, None, False, cluster) == BAD_INPUT
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "again"),
+    [
+        ([], 1, 0),
+        (["loss.kind=supcon"], 1, 1),  # four micro-batches of one process: outputs are found first, then again
+        (["loss.kind=supcon"], 4, 0),
+        (["engine.recompute=true"], 1, 1),
+        (["adversary.kind=pgd", "adversary.steps=3"], 1, 6),
+    ],
+)
+def test_what_a_run_computes_again_is_known(overrides: list[str], world: int, again: int) -> None:
+    run = load(PretrainRun, SMALL, overrides)
+    data = open_source_set(run)
+    cost = model_cost(run.model, 0, run.input, 2)
+    done = work_of(run, data, cost, world)
+    images = data.steps * run.batch.global_ * run.loss.views
+    assert done.training == 3 * cost.flops * images and done.repeated == again * cost.flops * images
+    probed = 10 * run.probe.per_class + 10 * run.data.holdout_per_class  # type: ignore[operator]
+    assert done.probes == cost.flops * probed * (1 + len(measured_at(run, data)[0]))
+
+
+@pytest.mark.slow
+def test_measures_and_disk_of_a_real_run_are_those_of_its_plan(finished_run: Path, small_shards: Path) -> None:
+    run = load(PretrainRun, finished_run / "run.yaml")
+    data = open_source_set(run)
+    measured = {row["step"] for row in rows(finished_run) if "nc/train_before/nc1" in row}
+    saves = {int(path.name.removeprefix("step_")) for path in (finished_run / "checkpoints").glob("step_*[0-9]")}
+    assert measured == {0} | measured_at(run, data)[0]
+    assert saves <= measured_at(run, data)[1]
+
+    cost = model_cost(run.model, len(data.source.class_names), run.input, run.batch.micro)
+    line = disk_lines(run, data, cost)["disk"]
+    one = size(re.search(r"checkpoints of ([^ ]+ \w+)", line).group(1))  # type: ignore[union-attr]
+    export = size(re.search(r"export ([^ ]+ \w+)", line).group(1))  # type: ignore[union-attr]
+    curves = size(re.search(r"curves ([^ ]+ \w+)", line).group(1))  # type: ignore[union-attr]
+    newest = max((finished_run / "checkpoints").glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
+    # Names and headers weigh in with so small a net.
+    assert one <= held(newest) <= 1.25 * one and export <= held(finished_run / "export") <= 1.25 * export
+    figure = 40_000
+    assert 0.7 * curves <= held(finished_run / "tb") + held(finished_run / "metrics.jsonl") <= 1.3 * curves + figure
+    assert size(line) >= held(finished_run / "checkpoints")
+
+
+def held(path: Path) -> int:
+    return sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+
+
+def stand_in(run: PretrainRun) -> SourceSet:
+    """The run's training set as far as a plan looks at it: as many samples and classes as the catalogue says."""
+    name = run.data.train.partition(":")[0]
+    path = ROOT / f"configs/datasets/{name}.yaml"
+    about: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"classes": 10}
+    classes, samples = about["classes"], about.get("samples", {"train": 12_000})["train"]
+    labels = np.arange(samples) % classes
+    heldout = np.arange(run.data.holdout_per_class * classes)
+    train = np.arange(len(heldout), samples)
+    order = Order(
+        (len(train),),
+        run.seed,
+        run.batch.global_,
+        run.batch.micro,
+        run.data.lanes or default_lanes(run.batch.global_, run.batch.micro),
+    )
+    source: Any = SimpleNamespace(labels=labels, class_names=[str(k) for k in range(classes)])
+    return SourceSet(source, train, heldout, order, round(run.epochs * order.steps_per_epoch), "stand-in", {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_the_model_of_every_run_file_takes_its_input_and_fits_the_hardware_that_it_names(path: Path) -> None:
+    run = load(PretrainRun, path)
+    data = stand_in(run)
+    header = path.read_text()[: path.read_text().index("\nout:")]
+    assert len(path.read_text().splitlines()) <= 45
+    assert "Hardware" in header and ("not yet run" in header or "Number" in header or "result" in header)
+    classes = len(data.source.class_names) if run.loss.uses_logits else 0
+    assert check_input(run.model, run.input, classes, run.batch.micro * run.loss.views) > 0
+
+    named = re.search(r"--nodes (\d+) --gpus-per-node (\d+) --gpu (\w+)", header)
+    nodes, gpus, name = (int(named[1]), int(named[2]), named[3]) if named else (1, run.launch.workers, "h200")
+    assert nodes * gpus == run.launch.workers
+    check_world(data.order.micro_per_step, nodes * gpus)
+    bare = run.model_copy(update={"data": run.data.model_copy(update={"test": None})})
+    plan = cluster_plan(bare, data, Cluster(nodes, gpus, gpu(name).name), nodes * gpus)
+    assert plan["memory of the GPU"].endswith("the run fits")
+    print(path.stem, plan["GPU-hours"], plan["NC probe"], plan["disk"], sep="\n   ")
