@@ -32,7 +32,7 @@ class NoAdversary(Spec):
 class PGD(Spec):
     """Projected gradient ascent; norm, epsilon and step size are of an image's pixel values, which are in 0..1.
 
-    The default of three steps of 2/3 epsilon is what L2-robust ImageNet models are trained with.
+    Three steps of 2/3 epsilon, the default, are common for L2-robust ImageNet models.
     """
 
     kind: Literal["pgd"] = "pgd"

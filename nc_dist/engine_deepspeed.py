@@ -169,6 +169,8 @@ class DeepSpeedEngine:
         averages: list[Tensor] | None = []
         if self.spec.zero:
             shards = read_shards(sorted(folder.glob(SHARD.format("*"))))
+            if len(shards) != self.world.size and self.world.rank == 0:
+                print(f"{folder}: of {len(shards)} processes, cut anew for {self.world.size}", flush=True)
             averages = zero_state.restore(self._zero, self.world.rank, shards)
         else:
             self._zero.load_state_dict(state["optimizer"])
@@ -180,13 +182,18 @@ class DeepSpeedEngine:
         return state["client"]  # type: ignore[no-any-return]
 
     def _common(self, folder: Path) -> dict[str, Any]:
-        """What rank 0 saved; InputError where that was not the same stage."""
+        """What rank 0 saved; InputError where that was another engine or stage."""
+        others = (
+            "or export the weights (nc-dist checkpoint export) and start a new run from them with "
+            "model.backbone.weights; the optimiser's state is lost then"
+        )
+        if not (folder / COMMON).is_file():
+            raise InputError(f"engine.kind='deepspeed': {folder} is not. Go on with engine.kind=torch, {others}")
         state: dict[str, Any] = torch.load(folder / COMMON, map_location=self.world.device, weights_only=True)
         if state["zero"] != self.spec.zero:
             raise InputError(
                 f"engine.zero={self.spec.zero}: {folder} is of ZeRO stage {state['zero']}, and a run keeps its stage. "
-                f"Go on with engine.zero={state['zero']}, or export the weights (nc-dist checkpoint export) and start "
-                "a new run from them with model.backbone.weights; the optimiser's state is lost then"
+                f"Go on with engine.zero={state['zero']}, {others}"
             )
         return state
 

@@ -64,7 +64,8 @@ class TorchEngine:
         """
         with evaluating(self.module, gradients=True), self._autocast():
             outputs: Outputs = self._call(x)
-        torch.stack([part.sum() for part in outputs if part is not None]).sum().backward()  # type: ignore[no-untyped-call]
+            total = torch.stack([part.sum() for part in outputs if part is not None]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
         self._settled = True
 

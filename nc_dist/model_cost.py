@@ -46,9 +46,8 @@ def model_cost(spec: ModelSpec, num_classes: int, input: InputSpec, images: int,
     FLOPs are those that torch.utils.flop_counter knows. Activations are the storages that autograd saves, each counted
     once, parameters and buffers left out; under autocast the half-precision copies of weights are among them.
     """
-    bare = spec.model_copy(update={"backbone": spec.backbone.model_copy(update={"weights": None})})
     with torch.device(spec.backbone.checked_on):
-        model = Model(bare, num_classes).to(torch.float64 if precision == "fp64" else torch.float32)
+        model = Model(spec, num_classes).to(torch.float64 if precision == "fp64" else torch.float32)
     named = [*model.named_parameters(), *model.named_buffers()]
     with FakeTensorMode():
         # Not from the meta tensors themselves: initialisers of some nets look at values, which fake tensors lack.

@@ -49,10 +49,6 @@ class Final(Exception):
     """An end that no repetition can cure, as it travels from a worker to the driver: (kind, message)."""
 
 
-class Abandoned(Exception):
-    """Asked to stop while no worker is at work."""
-
-
 def fit(name: str, spec: Spec, sizes: list[int]) -> dict[str, Any]:
     """Run the journey `name` on Ray, in groups of one of `sizes` workers, and return its result.
 
@@ -66,10 +62,9 @@ def fit(name: str, spec: Spec, sizes: list[int]) -> dict[str, Any]:
         try:
             with following(out / NOTICES, print), gauges(out):
                 _trainer(name, spec, launch, sizes, gpus).fit()
-        except Abandoned:
-            pass
-        except SystemExit:  # which is how Ray Train ends on SIGINT, with exit code 0
-            raise KeyboardInterrupt from None
+        except (KeyboardInterrupt, SystemExit):  # Ray Train ends by the latter, with exit code 0, on SIGINT
+            if not (out / STOP).exists():
+                raise KeyboardInterrupt from None
         except TrainingFailedError as error:
             raise _reason(error, out) from error
     result = result_of(out)
@@ -181,7 +176,7 @@ def _reason(error: TrainingFailedError, out: Path) -> Exception:
 
 
 def _stop(out: Path) -> None:
-    """Ask the workers to stop; where none is at work, nobody would see it: raises Abandoned."""
+    """Ask the workers to stop. Where none is at work nobody would see it, and the driver's waiting ends."""
     (out / STOP).touch()
     if not lease.is_held(out):
-        raise Abandoned
+        raise KeyboardInterrupt  # the only exception of a signal handler that ends a wait for Ray

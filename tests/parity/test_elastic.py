@@ -110,6 +110,7 @@ def some_steps(world: Any, out: Path) -> None:
             pretrain(run, world, stop)
 
 
+@pytest.mark.timeout(1200)  # seven groups; about 80 s on a quiet machine
 def test_zero_goes_from_4_to_2_to_1_to_2_processes(tmp_path: Path) -> None:
     """The next three losses are those of a copy that goes on as before, to 1e-5; each sample is read as ordered."""
     out = tmp_path / "run"

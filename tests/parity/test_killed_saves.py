@@ -12,6 +12,8 @@ import pytest
 from processes import ROOT, SMALL, curve, read_json, run_command, said, torchrun
 from safetensors.numpy import load_file
 
+from nc_dist.checkpoint.manifest import checkpoints_in, step_of, verify
+
 pytestmark = pytest.mark.slow
 
 ENGINES = {"torch": ["engine.kind=torch"], "zero 2": ["engine.kind=deepspeed", "engine.zero=2", "engine.clip=1.2"]}
@@ -53,7 +55,10 @@ def killed(phase: str, rank: int, step: int, *args: object) -> subprocess.Comple
 
 
 def whole_steps(out: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (out / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+    """The steps of what has a checkpoint's name, all of which must be whole."""
+    found = checkpoints_in(out)
+    assert [(place.name, faults) for place in found if (faults := verify(place))] == []
+    return [step_of(place) for place in found]
 
 
 def assert_bitwise(out: Path, expected: Path) -> None:

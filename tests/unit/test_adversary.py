@@ -142,3 +142,16 @@ def test_an_image_without_gradient_stays_and_infinite_moves_come_back_to_the_bal
 def test_without_an_adversary_images_are_left_alone() -> None:
     x = images()
     assert NoAdversary().attacked(x, INPUT, loss, torch.Generator()) is x
+
+
+@NORMS
+def test_gradients_that_a_mean_over_images_would_lose_in_half_precision_still_move_them(norm: str) -> None:
+    """1e-6 an image is representable, a 64th of it is not."""
+    x = torch.zeros(64, 3, 6, 6)
+
+    def mean_in_half(seen: Tensor) -> Tensor:
+        return (seen.half() * 1e-6).float().sum() / len(seen)
+
+    spec = PGD.model_validate({"norm": norm, "epsilon": 0.1, "random_start": False})
+    moved = spec.attacked(x, INPUT, mean_in_half, torch.Generator())
+    assert float((moved - x).amax((1, 2, 3)).min()) > 0

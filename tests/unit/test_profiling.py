@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import SMALL
 
+from nc_dist.config import PretrainRun
 from nc_dist.errors import InputError
 from nc_dist.profiling import profiled, steps_of
+from nc_dist.spec import load
 from nc_dist.world import World
 
 
@@ -50,6 +53,13 @@ def test_a_run_that_ends_early_leaves_what_was_recorded(tmp_path: Path) -> None:
 def test_nothing_is_written_where_nothing_was_asked_for(tmp_path: Path) -> None:
     assert list(profiled(steps(0, 3), steps_of(None, 3), 0, tmp_path, World())) == [1, 2, 3]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_10_20_are_steps_in_a_run_file_and_on_the_command_line(tmp_path: Path) -> None:
+    """YAML 1.1 would read a number in base 60."""
+    assert load(PretrainRun, SMALL, ["profile.steps=10:20"]).profile.steps == "10:20"
+    (tmp_path / "run.yaml").write_text(SMALL.read_text() + "profile: {steps: 10:20}\n")
+    assert load(PretrainRun, tmp_path / "run.yaml").profile.steps == "10:20"
 
 
 def test_steps_count_from_1_and_the_last_is_left_out() -> None:
