@@ -48,9 +48,11 @@ def verify(path: Where) -> None:
 def export(
     path: Where,
     to: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
-    which: Annotated[str, typer.Option(help="last, best (on the hold-out), or step_N.")] = "last",
+    which: Annotated[str, typer.Option(help="last (newest whole one), best (on the hold-out), or step_N.")] = "last",
 ) -> None:
     """Copy a checkpoint's exported weights, hashes checked: backbone.safetensors, model.safetensors, config.json.
+
+    The averaged weights of a run with ema go to export_ema in the same folder. Damage to other files does not matter.
 
     Example: nc-dist checkpoint export runs/x --which best --to weights
     """

@@ -34,7 +34,7 @@ class Workers(Spec):
 class Launch(Spec):
     """How a run is placed on Ray; it never changes what the run computes."""
 
-    workers: Annotated[int, Field(ge=1)] | Workers = 1  # {min, max}: as many as there are, the group restarts when that changes
+    workers: Annotated[int, Field(ge=1)] | Workers = 1  # {min, max}: as many as there are, changing with them
     cpus: float = Field(1, gt=0)  # per worker
     gpus: float | None = Field(None, ge=0)  # per worker; null: 1 where the cluster has GPUs
     retries: int = Field(2, ge=0)  # of the whole worker group, each from the last checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nc_dist import zero_state
 from nc_dist.ema import Average
 from nc_dist.engine import HALF, DeepSpeedSpec, deepspeed_json, evaluating
-from nc_dist.errors import InputError
+from nc_dist.errors import EXPORT_REMEDY, InputError
 from nc_dist.loss_scale import LossScale
 from nc_dist.model import Model
 from nc_dist.optim import OptimSpec, parameter_groups
@@ -116,8 +116,6 @@ class DeepSpeedEngine:
         if self.spec.zero:
             self._norm = float(self._engine.get_global_grad_norm())
         applied = math.isfinite(self._norm)
-        if self.spec.zero and not applied:
-            zero_state.resume_gathered(self._zero)
         self._scale.update(applied)
         return applied
 
@@ -183,10 +181,7 @@ class DeepSpeedEngine:
 
     def _common(self, folder: Path) -> dict[str, Any]:
         """What rank 0 saved; InputError where that was another engine or stage."""
-        others = (
-            "or export the weights (nc-dist checkpoint export) and start a new run from them with "
-            "model.backbone.weights; the optimiser's state is lost then"
-        )
+        others = f"or begin anew. {EXPORT_REMEDY.format(folder)}"
         if not (folder / COMMON).is_file():
             raise InputError(f"engine.kind='deepspeed': {folder} is not. Go on with engine.kind=torch, {others}")
         state: dict[str, Any] = torch.load(folder / COMMON, map_location=self.world.device, weights_only=True)

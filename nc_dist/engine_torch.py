@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nc_dist.ema import Average
 from nc_dist.engine import DTYPES, HALF, TorchSpec, evaluating
+from nc_dist.errors import InputError
 from nc_dist.model import Model
 from nc_dist.optim import OptimSpec, parameter_groups
 from nc_dist.outputs import Outputs
@@ -66,6 +67,12 @@ class TorchEngine:
             outputs: Outputs = self._call(x)
             total = torch.stack([part.sum() for part in outputs if part is not None]).sum()
         total.backward()  # type: ignore[no-untyped-call]
+        unused = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise InputError(
+                f"model.backbone: {len(unused)} of its parameters have no part in the outputs, and the processes would "
+                f"wait for their gradients: {', '.join(unused[:5])}; freeze them (requires_grad=False), or leave them out"
+            )
         self.optimizer.zero_grad()
         self._settled = True
 

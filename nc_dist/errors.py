@@ -10,6 +10,12 @@ STATES = {
     TERMINATED: "terminated",
 }
 
+# What is left where a checkpoint does not go over to other settings; its path or URL is filled in.
+EXPORT_REMEDY = (
+    "Its weights can begin a run of their own: nc-dist checkpoint export {} --to FOLDER, then "
+    "model.backbone.weights=FOLDER/backbone.safetensors"
+)
+
 
 class InputError(ValueError):
     """What the user gave cannot work: the message names the key or file, the value and the remedy."""

@@ -23,16 +23,17 @@ class Gpu(NamedTuple):
     fp32: float
     fp64: float
 
-    def peak(self, precision: str) -> float:
-        """FLOP/s at most in `precision` (fp32, bf16, fp16, fp64).
+    def peak(self, precision: str, attention: bool = False) -> float:
+        """FLOP/s at most in `precision` (fp32, bf16, fp16, fp64) of a convolutional net, or one with `attention`.
 
-        fp32 is TF32 where there is such a unit: cuDNN's convolutions use it unless told otherwise.
+        fp32 is TF32 for convolutions, where there is such a unit: unless told otherwise, cuDNN's convolutions use it
+        and the matrix products of a transformer do not.
         """
         if precision == "fp64":
             return self.fp64 * 1e12
         if precision == "fp16" or (precision == "bf16" and self.tf32):
             return self.half * 1e12
-        return (self.tf32 or self.fp32) * 1e12
+        return (self.fp32 if attention else self.tf32 or self.fp32) * 1e12
 
 
 # The first whose words fit is taken: the special ones stand before the general.

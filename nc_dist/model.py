@@ -97,7 +97,8 @@ class Model(nn.Module):
         return self._run(start, z, set())[0]
 
     def _block(self, i: int, z: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        # Not in eval mode: by the time of the backward, which computes again, the mode may be another one.
+        if self.recompute and self.training and torch.is_grad_enabled():
             # No check of shapes: in ZeRO 3 a weight has none when it is saved, as it is let go after its layer.
             return checkpoint(self.backbone.run, i, z, use_reentrant=False, determinism_check="none")  # type: ignore[no-any-return]
         return self.backbone.run(i, z)

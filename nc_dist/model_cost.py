@@ -1,13 +1,15 @@
-"""What a model takes, found on fake tensors: parameters, FLOPs, activations. Allocates nothing. For plans and MFU.
+"""What a model takes: parameters; FLOPs and activations, found on fake tensors. For plans and MFU.
 
-The tensors pretend to lie on a GPU, so that autocast and attention choose what they choose there.
+The tensors pretend to lie on a GPU, so that autocast and attention choose what they choose there; none has memory. Nets
+that look at values, or keep plain tensors as attributes, cannot be followed so: then FLOPs and activations are unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +18,46 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from nc_dist.data.augment import InputSpec
+from nc_dist.engine import DTYPES, HALF
 from nc_dist.model import Model, ModelSpec
 from nc_dist.optim import OptimSpec
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRETENDED = "cuda"
 
 
-class ModelCost(NamedTuple):
-    """Of one model and one micro-batch."""
+@dataclass(frozen=True)
+class ModelSize:
+    """Of one model."""
 
     trained: tuple[int, ...]  # elements of each trained parameter
     frozen: int  # elements of parameters that are not trained
     buffers: int  # bytes
-    flops: int  # of the forward of one image: matrix products and convolutions, a multiply-add is two
-    activations: int  # bytes that the forward of a micro-batch keeps for its backward
-    recomputed: int  # bytes at most, where blocks keep nothing and are computed again in the backward
-    attention: bool  # a transformer, not a convolutional net
 
     @property
     def parameters(self) -> int:
         """Elements of all parameters."""
         return sum(self.trained) + self.frozen
+
+
+@dataclass(frozen=True)
+class ModelCost(ModelSize):
+    """Of one model and one micro-batch."""
+
+    flops: int  # of the forward of one image: matrix products and convolutions, a multiply-add is two
+    activations: int  # bytes that the forward of a micro-batch keeps for its backward
+    recomputed: int  # bytes at most, where blocks keep nothing and are computed again in the backward
+    attention: bool  # a transformer, not a convolutional net
+    untraced: str = ""  # why the net cannot be traced: the three numbers are 0 then, and unknown
+
+
+def element_size(precision: str) -> int:
+    """Bytes of one weight; half precisions are of the forward alone."""
+    return DTYPES.get(precision, torch.float32).itemsize
+
+
+def model_size(spec: ModelSpec, num_classes: int, precision: str = "fp32") -> ModelSize:
+    """Of the model as it would be trained, built without memory where its family allows that."""
+    return _size(_built(spec, num_classes, precision))
 
 
 def model_cost(spec: ModelSpec, num_classes: int, input: InputSpec, images: int, precision: str = "fp32") -> ModelCost:
@@ -46,28 +66,50 @@ def model_cost(spec: ModelSpec, num_classes: int, input: InputSpec, images: int,
     FLOPs are those that torch.utils.flop_counter knows. Activations are the storages that autograd saves, each counted
     once, parameters and buffers left out; under autocast the half-precision copies of weights are among them.
     """
+    model = _built(spec, num_classes, precision)
+    size = _size(model)
+    attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    attention = attends or any(block.pooling == "cls" for block in model.blocks)
+    traced, untraced = (0, 0, 0), ""
+    try:
+        traced = _traced(model, input, images, precision)
+    except Exception as error:  # of any kind: what the net does is not ours
+        untraced = _reason(error)
+    return ModelCost(size.trained, size.frozen, size.buffers, *traced, attention, untraced)
+
+
+def _built(spec: ModelSpec, num_classes: int, precision: str) -> Model:
     with torch.device(spec.backbone.checked_on):
-        model = Model(spec, num_classes).to(torch.float64 if precision == "fp64" else torch.float32)
+        return Model(spec, num_classes).to(DTYPES.get(precision, torch.float32))
+
+
+def _size(model: Model) -> ModelSize:
+    parameters = list(model.parameters())
+    return ModelSize(
+        trained=tuple(p.numel() for p in parameters if p.requires_grad),
+        frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+        buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
+    )
+
+
+def _traced(model: Model, input: InputSpec, images: int, precision: str) -> tuple[int, int, int]:
+    """FLOPs, activations, recomputed; any error of the net itself on fake tensors is raised."""
     named = [*model.named_parameters(), *model.named_buffers()]
     with FakeTensorMode():
         # Not from the meta tensors themselves: initialisers of some nets look at values, which fake tensors lack.
         fakes = {name: _fake(tensor) for name, tensor in named}
-        dtype = next(iter(fakes.values())).dtype
+        dtype = DTYPES.get(precision, torch.float32)
         x = torch.zeros(images, 3, input.size, input.size, dtype=dtype, device=PRETENDED)
         kept = _Kept(list(fakes.values()))
         with FlopCounterMode(display=False) as counter, kept.of_blocks(model), _autocast(HALF.get(precision)):
             functional_call(model, fakes, (x.contiguous(memory_format=torch.channels_last),))
-        parameters = list(model.parameters())
-        return ModelCost(
-            trained=tuple(p.numel() for p in parameters if p.requires_grad),
-            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
-            buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
-            flops=counter.get_total_flops() // images,
-            activations=kept.total,
-            recomputed=kept.with_recompute,
-            attention=any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
-            or any(block.pooling == "cls" for block in model.blocks),
-        )
+        return counter.get_total_flops() // images, kept.total, kept.with_recompute
+
+
+def _reason(error: Exception) -> str:
+    """The kind of the error and the first line that it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:150]}" if said else type(error).__name__
 
 
 def _fake(tensor: Tensor) -> Tensor:

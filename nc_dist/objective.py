@@ -5,6 +5,7 @@ Letters: B samples of a micro-batch, V views, M micro-batches of a step over all
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Objective:
     @property
     def coupled(self) -> bool:
         """Whether a term sees the gathered global batch."""
-        return any(term.coupled for term in self.terms)
+        return any_coupled(self.terms)
 
     @property
     def names(self) -> list[str]:
@@ -70,6 +71,11 @@ class Objective:
             if term.paired:
                 left_out.append(zero + sum(alone(labels) for _, labels in seen))
         return total, torch.stack(values + left_out)
+
+
+def any_coupled(terms: Iterable[Loss]) -> bool:
+    """Whether one of them sees the gathered global batch."""
+    return any(term.coupled for term in terms)
 
 
 def each_view(outputs: Outputs, views: int) -> list[Outputs]:

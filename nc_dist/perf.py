@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nc_dist.config import PretrainRun
-from nc_dist.gpus import Gpu, recognised
+from nc_dist.gpus import recognised
 from nc_dist.loop import Step
 from nc_dist.model_cost import model_cost
 from nc_dist.plan_time import mfu
@@ -17,13 +17,12 @@ from nc_dist.world import World
 
 @dataclass(frozen=True)
 class Perf:
-    """Of one run in one world. `forward`, FLOPs of one image, is looked for only where the GPU's peak is known."""
+    """Of one run in one world. The GPU's `peak`, FLOP/s, and the FLOPs of one image's `forward` are 0 where unknown."""
 
     world: World
     batch: int
     views: int
-    precision: str
-    gpu: Gpu | None = None
+    peak: float = 0
     forward: int = 0
 
     def scalars(self, step: Step) -> dict[str, float]:
@@ -34,9 +33,8 @@ class Perf:
             "perf/data_wait_frac": step.data_seconds / step.seconds,
             **self._memory(),
         }
-        if self.gpu is not None:
-            peak = self.gpu.peak(self.precision)
-            found["perf/mfu"] = mfu(per_second * self.views, self.forward, peak, self.world.size)
+        if self.peak and self.forward:
+            found["perf/mfu"] = mfu(per_second * self.views, self.forward, self.peak, self.world.size)
         return found
 
     def _memory(self) -> dict[str, float]:
@@ -46,10 +44,12 @@ class Perf:
 
 
 def perf_of(run: PretrainRun, num_classes: int, world: World) -> Perf:
-    """That of a run; `num_classes` of the classifier, 0 without one."""
-    known = Perf(world, run.batch.global_, run.loss.views, run.engine.precision)
+    """That of a run; `num_classes` of the classifier, 0 without one. Says why a known GPU gets no MFU."""
+    known = Perf(world, run.batch.global_, run.loss.views)
     device = recognised(world.device_name)
     if device is None:
         return known
-    forward = model_cost(run.model, num_classes, run.input, images=2).flops
-    return Perf(world, known.batch, known.views, known.precision, device, forward)
+    cost = model_cost(run.model, num_classes, run.input, images=2)
+    if cost.untraced and world.rank == 0:
+        print(f"perf/mfu: not logged, the net cannot be traced ({cost.untraced})", flush=True)
+    return replace(known, peak=device.peak(run.engine.precision, cost.attention), forward=cost.flops)

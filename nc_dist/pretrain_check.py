@@ -10,21 +10,23 @@ import torch
 from nc_dist import pretrained
 from nc_dist.checkpoint.checks import check_checkpoints
 from nc_dist.config import PretrainRun
-from nc_dist.data.catalog import open_source
+from nc_dist.data.catalog import Opened, open_set
+from nc_dist.data.catalog.published import Published, open_or_published
 from nc_dist.data.checks import check_samples
 from nc_dist.data.mix import check_mix
 from nc_dist.data.order import check_world
+from nc_dist.data.source import Source
 from nc_dist.engine import DeepSpeedSpec, deepspeed_json
 from nc_dist.engine_check import check_engine, check_optim
 from nc_dist.errors import InputError
+from nc_dist.heads import CosineClassifier
 from nc_dist.losses import Loss
-from nc_dist.model import Model, ModelSpec, check_input
-from nc_dist.model_cost import optimizer_bytes
+from nc_dist.model import ModelSpec, check_input
+from nc_dist.model_cost import model_size
 from nc_dist.plan import Cluster, notes, training_plan
-from nc_dist.plan_memory import checkpoint_bytes
-from nc_dist.pretrain_plan import cluster_plan
+from nc_dist.pretrain_plan import checkpoint_size, cluster_plan
 from nc_dist.profiling import steps_of
-from nc_dist.source_set import open_source_set, shards_to_read
+from nc_dist.source_set import SourceSet, logit_classes, open_source_set, shards_to_read
 
 
 def check(run: PretrainRun, world_size: int, cluster: Cluster | None = None) -> dict[str, Any]:
@@ -34,21 +36,16 @@ def check(run: PretrainRun, world_size: int, cluster: Cluster | None = None) -> 
     """
     check_terms(run)
     check_optim(run.optim, run.engine)
-    data = open_source_set(run)
+    published = cluster not in (None, Cluster())  # a cluster that one does not have: nor, maybe, the data
+    data = open_source_set(run, published)
     steps_of(run.profile.steps, data.steps)
     check_world(data.order.micro_per_step, world_size)
     cuda = torch.cuda.is_available() or bool(run.launch.gpus) or bool(cluster and cluster.gpu)
     check_engine(run.engine, cuda, run.batch_norm, data.order.micro_per_step // world_size)
-    classes = len(data.source.class_names) if run.loss.uses_logits else 0
+    classes = logit_classes(run, data.source.class_names)
     parameters = check_input(run.model, run.input, classes, run.batch.micro * run.loss.views)
-    if run.data.test:
-        test = open_source(run.data.test, "test", run.data)
-        if test.class_names != data.source.class_names:
-            raise InputError(f"data.test={run.data.test!r}: its classes are not those of data.train={run.data.train!r}")
-        if test.identity() == data.identity:
-            raise InputError(f"data.test={run.data.test!r}: the very samples of data.train; name another split")
-        check_samples(test, range(len(test.labels)), run.data.bad_samples)
-    seen = check_samples(data.source, np.concatenate([data.train, data.heldout]), run.data.bad_samples)
+    test = _test_set(run, data, published)
+    seen = _read_some(data.source, np.concatenate([data.train, data.heldout]), run.data.bad_samples)
     plan = training_plan(
         samples=len(data.train),
         heldout=len(data.heldout),
@@ -60,31 +57,41 @@ def check(run: PretrainRun, world_size: int, cluster: Cluster | None = None) -> 
     )
     plan["parameters without classifier"] = parameters
     plan["images read and decoded as a check"] = seen
+    size = model_size(run.model, classes, run.engine.precision)
     if cluster is None or cluster.world is None:  # the disk of a cluster that one does not have is not here
-        plan |= check_checkpoints(run, data, checkpoint_size(run, parameters))
+        plan |= check_checkpoints(run, data, checkpoint_size(run, size))
     if run.model.backbone.weights is not None:
         plan["weights"] = "those of the checkpoint" if "begins at" in plan else pretrained.report(run.model.backbone)
-    plan |= {**shards_to_read(data, world_size), **notes({"train": data.about})}
+    sets = {"train": data.about} | ({"test": test.about()} if test else {})
+    plan |= {**shards_to_read(data, world_size), **notes(sets)}
     if cluster is not None:
-        plan |= cluster_plan(run, data, cluster, world_size)
+        plan |= cluster_plan(run, data, cluster, world_size, len(test.source.labels) if test else 0)
     if isinstance(run.engine, DeepSpeedSpec):
-        trained = trained_parameters(run.model, classes)
-        plan["DeepSpeed"] = deepspeed_json(run.engine, run.batch.global_, run.batch.micro, world_size, trained, cuda)
+        batch = (run.batch.global_, run.batch.micro)
+        plan["DeepSpeed"] = deepspeed_json(run.engine, *batch, world_size, sum(size.trained), cuda)
     return plan
 
 
-def trained_parameters(spec: ModelSpec, classes: int) -> int:
-    """How many numbers are trained; allocates nothing."""
-    bare = spec.model_copy(update={"backbone": spec.backbone.model_copy(update={"weights": None})})
-    with torch.device(spec.backbone.checked_on):
-        return sum(p.numel() for p in Model(bare, classes).parameters() if p.requires_grad)
+def _test_set(run: PretrainRun, data: SourceSet, published: bool) -> Opened | None:
+    """None without one; InputError unless it has the classes of the training set, and other samples."""
+    if run.data.test is None:
+        return None
+    opened = (open_or_published if published else open_set)(run.data.test, "test", run.data)
+    test, ours, theirs = opened.source, data.source.class_names, opened.source.class_names
+    if isinstance(test, Published) or isinstance(data.source, Published):
+        agree = len(ours) == len(theirs)  # what the classes are called is not published
+    else:
+        agree = ours == theirs
+    if not agree:
+        raise InputError(f"data.test={run.data.test!r}: its classes are not those of data.train={run.data.train!r}")
+    if test.identity() == data.identity:
+        raise InputError(f"data.test={run.data.test!r}: the very samples of data.train; name another split")
+    _read_some(test, np.arange(len(test.labels)), run.data.bad_samples)
+    return opened
 
 
-def checkpoint_size(run: PretrainRun, parameters: int) -> int:
-    """Bytes of a checkpoint, the classifier's share left out."""
-    element = 8 if run.engine.precision == "fp64" else 4
-    moments = optimizer_bytes(run.optim, element)
-    return checkpoint_bytes(parameters, parameters, moments, 0, ema=bool(run.ema), element=element)
+def _read_some(source: Source, positions: np.ndarray, tolerated: int) -> str:
+    return "none" if isinstance(source, Published) else check_samples(source, positions, tolerated)
 
 
 def check_terms(run: PretrainRun) -> None:
@@ -105,6 +112,11 @@ def check_classifier(loss: Loss, model: ModelSpec) -> None:
         raise InputError(
             f"model.classifier.kind={kind!r}: {loss.named} needs the logits of a {loss.classifier} classifier; "
             f"set model.classifier.kind={loss.classifier}, or another loss, such as loss.kind=ce"
+        )
+    if isinstance(model.classifier, CosineClassifier) and loss.classifier == kind and model.classifier.scale != 1:
+        raise InputError(
+            f"model.classifier.scale={model.classifier.scale:g}: {loss.named} has its own temperature, by which "
+            "cosines are divided; leave the scale at 1 and set loss.temperature"
         )
     if not loss.uses_logits and kind != "linear":
         raise InputError(

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from nc_dist.errors import InputError
+from nc_dist.errors import EXPORT_REMEDY, InputError
 from nc_dist.identity import differences, spec_hash
 from nc_dist.spec import Spec, dump
 
@@ -73,10 +73,7 @@ def _weights_remedy(lines: str, out: Path) -> str:
     """Checkpoints do not go over to another engine, ZeRO stage or micro-batch; their weights do."""
     if not any(key in lines for key in ("engine.zero:", "engine.kind:", "batch.micro:", "batch.global:")):
         return ""
-    return (
-        f". To go on from its weights in another folder: nc-dist checkpoint export {out} --to FOLDER, then "
-        "model.backbone.weights=FOLDER/backbone.safetensors"
-    )
+    return f". {EXPORT_REMEDY.format(out)}"
 
 
 def result_of(out: Path) -> dict[str, Any] | None:

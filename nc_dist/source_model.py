@@ -4,12 +4,14 @@ export. For `pretrain`.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nc_dist.checkpoint.together import on_all
 from nc_dist.collapse import Collapse, collapse
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
@@ -26,7 +28,7 @@ from nc_dist.pretrained import noted
 from nc_dist.probe import fit
 from nc_dist.skipped import FILE
 from nc_dist.source_set import SourceSet
-from nc_dist.tracking import flat_probes
+from nc_dist.tracking import Tracker, flat_probes, nc_warnings
 from nc_dist.world import World
 
 NO_SCORE = -1.0
@@ -56,6 +58,30 @@ def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: Wor
                 reference=found["train"].moments if name == "heldout" else None,
             )
     return {name: collapsed.by_place(headless) for name, collapsed in found.items()}
+
+
+class Measures:
+    """The probes' NC while a run trains: measured when asked, written down, and what of the time that takes."""
+
+    def __init__(
+        self, run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad: BadSamples, tracker: Tracker
+    ) -> None:
+        self._of, self._tracker = (run, data, engine, world, bad), tracker
+        self._began, self._seconds = time.time(), 0.0
+        self._newest: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    def take(self, step: int) -> float:
+        """Measure and write; the score by which checkpoints are compared. Every rank calls it."""
+        asked = time.time()
+        nc, averaged = self._newest = measure(*self._of)
+        self._seconds += time.time() - asked
+        share = {"perf/measure_frac": self._seconds / (time.time() - self._began)} if step else {}
+        self._tracker.scalars(step, flat_probes(nc) | ema_scalars(averaged) | share, **nc_warnings(nc))
+        return score_of(nc)
+
+    def newest(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What was measured last, now where nothing was: of the weights, and of the averaged ones."""
+        return self._newest or measure(*self._of)
 
 
 def measure(
@@ -145,11 +171,14 @@ def export_all(
     nc1: float | None = None,
     nc1_ema: float | None = None,
 ) -> None:
-    """Export the model, whose NC1 is `nc1`, to `export`; averaged weights, where the run has them, to `export_ema`."""
-    export_to(folder / "export", run, data, engine, world, nc1_source=nc1)
+    """Export the model, whose NC1 is `nc1`, to `export`; averaged weights, where the run has them, to `export_ema`.
+
+    Faults on every rank when one fails: going over to the averaged weights and back is a collective of all.
+    """
+    on_all(world, lambda: export_to(folder / "export", run, data, engine, world, nc1_source=nc1))
     if run.ema is not None:
         with engine.averaged():
-            export_to(folder / "export_ema", run, data, engine, world, nc1_source=nc1_ema)
+            on_all(world, lambda: export_to(folder / "export_ema", run, data, engine, world, nc1_source=nc1_ema))
 
 
 def export_to(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_set
+from nc_dist.data.catalog.published import open_or_published
 from nc_dist.data.checks import check_classes
 from nc_dist.data.order import Order, default_lanes
 from nc_dist.data.source import Source, kept_shard_sizes
@@ -33,9 +34,12 @@ class SourceSet:
     about: dict[str, Any]  # what is stored of the set
 
 
-def open_source_set(run: PretrainRun) -> SourceSet:
-    """Open and check everything about the data that can be wrong before training; InputError for what is."""
-    opened = open_set(run.data.train, "train", run.data)
+def open_source_set(run: PretrainRun, published: bool = False) -> SourceSet:
+    """Open and check everything about the data that can be wrong before training; InputError for what is.
+
+    `published`: a catalogued set that is not at hand is taken as it was published, to be planned for.
+    """
+    opened = (open_or_published if published else open_set)(run.data.train, "train", run.data)
     source = opened.source
     check_classes(source, f"data.train={run.data.train!r}")
     train, heldout = split_off(source.labels, run.data.holdout_per_class, run.seed, purpose="data.holdout_per_class")
@@ -45,6 +49,11 @@ def open_source_set(run: PretrainRun) -> SourceSet:
     steps = max(1, round(run.epochs * order.steps_per_epoch))
     about = opened.about()
     return SourceSet(source, train, heldout, order, steps, about["identity"], about)
+
+
+def logit_classes(run: PretrainRun, class_names: Sequence[str]) -> int:
+    """How many logits the classifier has; 0 where the loss needs none."""
+    return len(class_names) if run.loss.uses_logits else 0
 
 
 def shards_to_read(data: SourceSet, world_size: int) -> dict[str, str]:

@@ -95,9 +95,3 @@ def publish(zero: Any) -> None:
     for flat in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(flat)
     zero.checkpoint_event_epilogue()  # gathers the small parameters that stay
-
-
-def resume_gathered(zero: Any) -> None:
-    """After a step that was not taken: ZeRO 3 has let go of the small parameters that are to stay gathered."""
-    if _partitions_weights(zero):
-        zero.checkpoint_event_epilogue()

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""What training does on the GPU at hand: speed, memory beside the plan's, agreement with the CPU. No Ray; tables last.
+"""What training does on the GPU at hand: speed, memory beside the plan's, agreement with the CPU. No Ray.
 
-    .venv/bin/python tools/gpu_check.py                    # everything, on one GPU about 15 minutes
+    .venv/bin/python tools/gpu_check.py                    # everything: about 15 minutes, an estimate until it has run
     .venv/bin/python tools/gpu_check.py --only speed       # or input, agree: shorter calls
     .venv/bin/python tools/gpu_check.py --quick            # tiny and on any machine, a CPU too: whether all of it runs
 
 speed   ResNet-50 and ViT-B/16, 224 pixels, bf16, images on the device: plain torch, compiled, ZeRO 0-3, offload. Every
         case is a process of its own, so that its peak memory is its own. MFU counts three forwards a step.
 input   the same two models fed from JPEG shards (short side 256) by loader workers, beside the images on the device.
-agree   fp32 without TF32: losses of the first steps on CPU and GPU; bf16 beside fp32; SyncBatchNorm beside BatchNorm;
-        what the statistics of NC take of a forward.
+agree   fp32 without TF32: losses of the first steps on CPU and GPU; bf16 beside fp32; with two GPUs SyncBatchNorm on
+        both beside BatchNorm of the whole batch on one; what the statistics of NC take of a forward and of a step.
+
+The exit code is 1 where a case failed; the tables stand all the same.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import count, islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -37,17 +39,17 @@ from nc_dist.data.shards import Shrink, build
 from nc_dist.data.shards.source import open_shards
 from nc_dist.data.source import open_folder
 from nc_dist.data.stream import Batch, train_steps_data
-from nc_dist.engine import DeepSpeedSpec, TorchSpec, deepspeed_json
+from nc_dist.engine import DeepSpeedSpec, TorchSpec
+from nc_dist.engine_memory import memory_of
 from nc_dist.gpus import recognised
 from nc_dist.loop import train_steps
 from nc_dist.losses import CrossEntropy
 from nc_dist.make_engine import make_engine
 from nc_dist.model import Model, ModelSpec
-from nc_dist.model_cost import model_cost, optimizer_bytes
+from nc_dist.model_cost import model_cost
 from nc_dist.nc import HalvedMoments
 from nc_dist.objective import Objective
 from nc_dist.optim import SGD, AdamW, Schedule
-from nc_dist.plan_memory import DDP_BUCKETS, states, zero_settings
 from nc_dist.world import World, joined_world
 
 CLASSES, GIB = 1000, 2**30
@@ -61,7 +63,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO 2, optimiser on CPU": {"kind": "deepspeed", "zero": 2, "offload_optimizer": True},
     "ZeRO 3, all on CPU": {"kind": "deepspeed", "zero": 3, "offload_optimizer": True, "offload_parameters": True},
 }
-FED = ("resnet50", "vit_b_16")
 
 
 def engine_spec(name: str) -> TorchSpec | DeepSpeedSpec:
@@ -77,12 +78,14 @@ def setting(model: str, quick: bool) -> tuple[ModelSpec, InputSpec, SGD | AdamW,
     return ModelSpec(backbone=TorchvisionSpec(name=model)), InputSpec(size=224), optim, MODELS[model]
 
 
-def synthetic(images: int, size: int, device: torch.device) -> Iterator[list[Batch]]:
-    """Ever the same batch, on the device."""
+def synthetic(images: int, size: int, world: World) -> Iterator[list[Batch]]:
+    """Ever the same batch, on the devices: this rank's part of it."""
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=random)
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    batch = Batch(pixels, torch.randint(0, 10, (images,), generator=random), torch.arange(images)).to(device)
+    labels, own = torch.randint(0, 10, (images,), generator=random), images // world.size
+    part = slice(world.rank * own, (world.rank + 1) * own)
+    pixels = pixels[part].contiguous(memory_format=torch.channels_last)
+    batch = Batch(pixels, labels[part], torch.arange(images)[part]).to(world.device)
     while True:
         yield [batch]
 
@@ -113,6 +116,10 @@ def seconds_of(steps: Iterator[Any], warm: int, timed: int, device: torch.device
     return (done(timed) - began) / timed
 
 
+def objective_of(input: InputSpec, lr: float, micros: int = 1) -> Objective:
+    return Objective(CrossEntropy(), input, micros, 0, lr, Schedule(kind="constant", warmup=0), 10**6)
+
+
 def train_case(model: str, engine: str, quick: bool, shards: Path | None) -> dict[str, Any]:
     """Speed and memory of one model in one engine, on images of the device or from shards."""
     spec, input, optim, images = setting(model, quick)
@@ -121,10 +128,10 @@ def train_case(model: str, engine: str, quick: bool, shards: Path | None) -> dic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     with joined_world() as world:
         made = make_engine(Model(spec, CLASSES), engine_spec(engine), optim, (images, images), world)
-        objective = Objective(CrossEntropy(), input, 1, 0, optim.lr, Schedule(kind="constant", warmup=0), 10**6)
+        objective = objective_of(input, optim.lr)
         workers = min(14, (os.cpu_count() or 1) - 1)
         data = from_shards(shards, images, input.size, world, workers) if shards else None
-        loaded = data or synthetic(images, input.size, world.device)
+        loaded = data or synthetic(images, input.size, world)
         steps = train_steps(made, loaded, objective, world)
         seconds = seconds_of(steps, warm, timed, world.device)
         found = {"images/s": images / seconds, **plan_of(spec, input, optim, images, engine, world)}
@@ -150,62 +157,66 @@ def plan_of(
     """What the plan says: GiB on the device, FLOPs of a forward of one image."""
     made = engine_spec(engine)
     cost = model_cost(spec, CLASSES, input, images, made.precision)
-    ours = isinstance(made, TorchSpec)
-    trained = sum(cost.trained)
-    json = {} if ours else deepspeed_json(made, images, images, world.size, trained, gpu=True)
-    settings = json.get("zero_optimization", {"stage": 0})
-    stage = DDP_BUCKETS if ours else made.zero  # type: ignore[union-attr]
-    held = states(
-        stage, cost.trained, optimizer_bytes(optim), world.size, zero_settings(settings), buffers=cost.buffers,
-        frozen=cost.frozen,
-    )  # fmt: skip
-    activations = cost.recomputed if made.recompute else cost.activations
-    return {"planned": held.peak(activations) / GIB, "flops": cost.flops}
+    planned = memory_of(made, cost, optim, (images, images), world.size, gpu=True).peak
+    return {"planned": planned / GIB, "flops": cost.flops}
 
 
-def losses_on(device: str, precision: str, sync: bool, steps: int) -> list[float]:
-    """Of the first steps of a small ResNet from fixed weights."""
+def losses_on(world: World, precision: str, steps: int = 5) -> list[float]:
+    """Of the first steps of a small ResNet from fixed weights; with more processes BatchNorm is over all of them."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model = Model(ModelSpec(backbone=SmallResNetSpec(name="resnet20", width=16)), 10)
-    if sync:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    world = World(device=torch.device(device))
+    if world.size > 1:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     spec = TorchSpec.model_validate({"precision": precision})
-    engine = make_engine(model, spec, SGD(lr=0.05), (64, 64), world)
-    objective = Objective(CrossEntropy(), InputSpec(size=32), 1, 0, 0.05, Schedule(kind="constant", warmup=0), steps)
-    data = synthetic(64, 32, world.device)
-    return [step.metrics()["train/loss"] for step in train_steps(engine, data, objective, world)]
+    engine = make_engine(model, spec, SGD(lr=0.05), (64, 64 // world.size), world)
+    objective = objective_of(InputSpec(size=32), 0.05, world.size)
+    running = train_steps(engine, synthetic(64, 32, world), objective, world)
+    return [step.metrics()["train/loss"] for step in islice(running, steps)]
 
 
 def agree(device: str) -> dict[str, Any]:
-    """Largest relative differences of losses, and the share of NC statistics."""
-    cpu = losses_on("cpu", "fp32", False, 5)
-    pairs = {"fp32 beside CPU": ("fp32", False), "bf16 beside CPU fp32": ("bf16", False)}
-    if device == "cuda":
-        pairs["SyncBatchNorm fp32 beside CPU"] = ("fp32", True)
+    """Relative differences of losses, step by step, or why there are none."""
+    world = World(device=torch.device(device))
     found: dict[str, Any] = {}
-    for name, (precision, sync) in pairs.items():
-        there = losses_on(device, precision, sync, 5)
-        found[name] = [abs(a - b) / abs(a) for a, b in zip(cpu, there, strict=True)]
-    return found | {"nc": statistics_cost(device)}
 
+    def compare(name: str, there: list[float], here: list[float]) -> None:
+        found[name] = {"differences": [abs(a - b) / abs(a) for a, b in zip(here, there, strict=True)]}
 
-def statistics_cost(device: str) -> dict[str, float]:
-    """Milliseconds of adding a batch of 256 to the moments, d 2048, 1,000 classes."""
-    feats = torch.randn(256, 2048, device=device)
-    labels, halves = torch.randint(0, CLASSES, (256,), device=device), torch.arange(256, device=device) % 2 == 0
-    found = {}
-    for dtype in (torch.float32, torch.float64):
-        moments = HalvedMoments(CLASSES, 2048, dtype=dtype, device=device)
-
-        def updates(moments: HalvedMoments = moments) -> Iterator[None]:
-            while True:
-                moments.update(feats, labels, halves)
-                yield
-
-        found[str(dtype).removeprefix("torch.")] = 1000 * seconds_of(updates(), 5, 20, torch.device(device))
+    cpu = losses_on(World(device=torch.device("cpu")), "fp32")
+    for precision in ("fp32", "bf16"):
+        compare(f"{precision} beside CPU fp32", losses_on(world, precision), cpu)
+    if torch.cuda.device_count() < 2:  # on one process torch's SyncBatchNorm is plain BatchNorm
+        print("SyncBatchNorm: needs two GPUs, not exercised")
+        return found
+    name = "SyncBatchNorm on 2 GPUs beside BatchNorm on 1"
+    both = child("--sync", launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
+    if "error" in both:
+        found[name] = both
+    else:
+        compare(name, both["losses"], losses_on(world, "fp32"))
     return found
+
+
+def statistics_cost(device: str, quick: bool) -> dict[str, float]:
+    """Milliseconds for a probe batch of ResNet-50 in bf16: training step, forward, moments in fp32 and fp64."""
+    spec, input, optim, images = setting("resnet50", quick)
+    world, counts = World(device=torch.device(device)), (1, 2) if quick else (5, 20)
+    model = Model(spec, CLASSES)
+    engine = make_engine(model, engine_spec("torch"), optim, (images, images), world)
+    x = torch.randn(images, 3, input.size, input.size, device=device).contiguous(memory_format=torch.channels_last)
+    feats = torch.randn(images, model.dim, device=device)
+    labels, halves = torch.randint(0, CLASSES, (images,), device=device), torch.arange(images, device=device) % 2 == 0
+    data = synthetic(images, input.size, world)
+    work: dict[str, Iterator[Any]] = {
+        "step": train_steps(engine, data, objective_of(input, optim.lr), world),
+        "forward": (engine.eval_forward(x) for _ in count()),
+    }
+    for dtype in (torch.float32, torch.float64):
+        moments = HalvedMoments(CLASSES, model.dim, dtype=dtype, device=device)
+        name = str(dtype).removeprefix("torch.")
+        work[name] = (moments.update(feats, labels, halves) for moments in repeat(moments))
+    return {name: 1000 * seconds_of(again, *counts, world.device) for name, again in work.items()}
 
 
 def make_shards(folder: Path, quick: bool) -> Path:
@@ -218,9 +229,9 @@ def make_shards(folder: Path, quick: bool) -> Path:
     return folder / "shards"
 
 
-def child(*args: object) -> dict[str, Any]:
-    """This script in a process of its own; its last line is the answer."""
-    command = [sys.executable, __file__, *map(str, args)]
+def child(*args: object, launcher: Sequence[str] = ()) -> dict[str, Any]:
+    """This script in processes of its own; its last line is the answer."""
+    command = [sys.executable, *launcher, __file__, *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -240,49 +251,69 @@ def show_speed(rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
         print(f"| {model} | {engine} | {fed} | {found['images/s']:.0f} | {mfu} | {peak} | {found['planned']:.2f} |")
 
 
-def show_agree(found: dict[str, Any]) -> None:
-    print("\n| losses of 5 steps, resnet20 | largest relative difference by step |\n|---|---|")
-    for name, worst in found.items():
-        if name != "nc":
-            print(f"| {name} | {', '.join(f'{value:.1e}' for value in worst)} |")
-    times = ", ".join(f"{name} {value:.2f} ms" for name, value in found["nc"].items())
-    print(f"\nNC statistics of 256 features, d 2048, K 1000, halves: {times}")
+def show_agree(found: dict[str, Any], nc: dict[str, float]) -> None:
+    print("\n| losses of 5 steps, resnet20 | relative difference by step |\n|---|---|")
+    for name, case in found.items():
+        print(f"| {name} | {case.get('error') or ', '.join(f'{value:.1e}' for value in case['differences'])} |")
+    step, forward = nc.pop("step"), nc.pop("forward")
+    print(
+        "\n| NC statistics of a batch, K 1000, halves | ms | of its forward | of a training step |\n|---|---|---|---|"
+    )
+    for name, took in nc.items():
+        print(f"| {name} | {took:.2f} | {100 * took / forward:.2f} % | {100 * took / step:.2f} % |")
+    print(f"ResNet-50 in bf16 on the same images: forward {forward:.1f} ms, training step {step:.1f} ms")
 
 
-def main() -> None:
+def cases(only: str | None, quick: bool) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
+    """Model, engine, input of each case, and what was found."""
+    short = ["--quick"] if quick else []
+    if only in (None, "speed"):
+        for model in MODELS:
+            for engine in ENGINES:
+                yield (model, engine, "synthetic"), child("--case", model, engine, *short)
+    if only in (None, "input"):
+        with tempfile.TemporaryDirectory() as folder:
+            shards = make_shards(Path(folder), quick)
+            for model in MODELS:
+                yield (model, "torch", "JPEG shards"), child("--case", model, "torch", *short, "--shards", shards)
+
+
+def answer(found: Any) -> NoReturn:
+    """Of a process that another one started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found), flush=True)
+    os._exit(0)  # DeepSpeed's threads may abort at the interpreter's end
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["speed", "input", "agree"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sync", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device, quick = "cuda" if torch.cuda.is_available() else "cpu", ["--quick"] if args.quick else []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.case:
-        print(json.dumps(train_case(*args.case, args.quick, args.shards)), flush=True)
-        os._exit(0)  # DeepSpeed's threads may abort at the interpreter's end
+        answer(train_case(*args.case, args.quick, args.shards))
+    if args.sync:
+        with joined_world() as world:
+            answer({"losses": losses_on(world, "fp32")})
     if device == "cpu" and not args.quick:
         raise SystemExit("no GPU here; --quick shows on a CPU whether all of it runs")
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, 224 px, bf16 unless said")
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        if args.only in (None, "speed"):
-            for model in MODELS:
-                for engine in ENGINES:
-                    rows[model, engine, "synthetic"] = child("--case", model, engine, *quick)
-                    print(model, engine, rows[model, engine, "synthetic"], flush=True)
-        if args.only in (None, "input"):
-            shards = make_shards(Path(folder), args.quick)
-            for model in FED:
-                found = child("--case", model, "torch", *quick, "--shards", shards)
-                rows[model, "torch", "JPEG shards"] = found
-                print(model, "from shards", found, flush=True)
-    agreed = agree(device) if args.only in (None, "agree") else None
+    for case, found in cases(args.only, args.quick):
+        rows[case] = found
+        print(*case, found, flush=True)
     if rows:
         show_speed(rows)
+    agreed = agree(device) if args.only in (None, "agree") else {}
     if agreed:
-        show_agree(agreed)
+        show_agree(agreed, statistics_cost(device, args.quick))
+    return int(any("error" in found for found in (*rows.values(), *agreed.values())))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -16,13 +16,16 @@ NAMED = ("small_resnet", "torchvision", "timm")  # kinds of which a name can be 
 
 
 def spelled_out(block: Any) -> Any:
-    """`timm:NAME` as the block with this kind and name, and so for the other kinds that have names."""
+    """`timm:NAME` as the block with this kind and name, and so for other kinds that have names; or `module:function`."""
     if not isinstance(block, str):
         return block
-    kind, _, name = block.partition(":")
-    if kind not in NAMED:
-        raise ValueError(f"expected a block with the key 'kind', or {', '.join(f'{kind}:NAME' for kind in NAMED)}")
-    return {"kind": kind, "name": name}
+    kind, colon, name = block.partition(":")
+    if kind in NAMED:
+        return {"kind": kind, "name": name}
+    if not colon:
+        known = ", ".join(f"{kind}:NAME" for kind in NAMED)
+        raise ValueError(f"expected a block with the key 'kind', {known}, or module:function of your own")
+    return {"kind": "own", "function": block}
 
 
 BackboneSpec = Annotated[

@@ -16,21 +16,17 @@ from nc_dist.checkpoint.retention import Retention, chosen_steps
 from nc_dist.checkpoint.upload import fetch, fetch_newest
 from nc_dist.config import PretrainRun
 from nc_dist.data.order import check_state
-from nc_dist.errors import InputError
+from nc_dist.errors import EXPORT_REMEDY, InputError
 from nc_dist.identity import differences, spec_hash
 from nc_dist.model import without_weights
 from nc_dist.run_folder import FRESH
-from nc_dist.source_set import SourceSet
+from nc_dist.source_set import SourceSet, logit_classes
 
 CHECKPOINTS = "checkpoints"
 BROUGHT = "resumed_from"  # where a checkpoint of another run behind a URL is brought to
-REMEDY = (
-    "Its weights can begin a run of their own: nc-dist checkpoint export {} --to FOLDER, then "
-    "model.backbone.weights=FOLDER/backbone.safetensors"
-)
 
 
-def beginning(run: PretrainRun, data: SourceSet) -> Path | None:
+def resume_from(run: PretrainRun, data: SourceSet) -> Path | None:
     """The checkpoint to go on from, whole; None: weights or scratch. On one process, before any other looks.
 
     InputError when there are checkpoints and none is whole: nobody wants weeks of work begun anew silently.
@@ -47,7 +43,15 @@ def beginning(run: PretrainRun, data: SourceSet) -> Path | None:
     if given is None:
         raise InputError(f"resume={run.resume}: none of its checkpoints is whole; name another one")
     check_more(run, data, given)
-    return fetch(given, Path(run.out) / BROUGHT) if given.is_remote else Path(given.name)
+    if not given.is_remote:
+        return Path(given.name)
+    try:
+        return fetch(given, Path(run.out) / BROUGHT)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"resume={run.resume}: {given.folder_name} cannot be brought here ({error}); give the same command again, "
+            "or copy it to a disk here and name that folder"
+        ) from None
 
 
 def own_newest(folder: Path) -> Path | None:
@@ -68,10 +72,15 @@ def own_newest(folder: Path) -> Path | None:
 def own_uploads(run: PretrainRun, is_empty: bool) -> list[Place]:
     """The run's checkpoints where it uploads to; `is_empty`: it has none here.
 
-    InputError when they are of another run, or of an attempt before --fresh.
+    InputError when it cannot be read, or when they are of another run, or of an attempt before --fresh.
     """
     assert run.upload is not None
-    there = checkpoints_in(run.upload)
+    try:
+        there = checkpoints_in(run.upload)
+    except OSError as error:
+        raise InputError(
+            f"upload={run.upload}: cannot be read ({error}); give the same command again once it can, or another URL"
+        ) from None
     if not there:
         return []
     remedy = "give another URL, or remove what is there"
@@ -115,10 +124,10 @@ def _run_hash(run: PretrainRun) -> str:
 
 def check_goes_on(run: PretrainRun, data: SourceSet, checkpoint: Place, key: str = "") -> int:
     """The step at which the run goes on from a checkpoint; InputError that says what differs, and where (`key`)."""
-    state, where = saved_state(checkpoint), f"{key}{checkpoint}"
-    now, then = about(run, num_classes(run, data)), state.get("about")
+    state, where, export = saved_state(checkpoint), f"{key}{checkpoint}", EXPORT_REMEDY.format(checkpoint)
+    now, then = about(run, logit_classes(run, data.source.class_names)), state.get("about")
     if then is None:
-        raise InputError(f"{where}: does not say which model it is of. {REMEDY.format(checkpoint)}")
+        raise InputError(f"{where}: does not say which model it is of. {export}")
     ours, theirs = now["model"].pop("identity"), then["model"].pop("identity")
     if ours != theirs:
         raise InputError(
@@ -129,7 +138,7 @@ def check_goes_on(run: PretrainRun, data: SourceSet, checkpoint: Place, key: str
         step = check_state(data.order, data.identity, state["order"])
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    for part, remedy in (("engine", REMEDY.format(checkpoint)), ("optim", "Its state fits these settings alone")):
+    for part, remedy in (("engine", export), ("optim", "Its state fits these settings alone")):
         if then[part] != now[part]:
             raise InputError(f"{where}: of other settings (there -> here):{_lines(then, now, part)}\n  {remedy}")
     return step
@@ -165,14 +174,12 @@ def check_more(run: PretrainRun, data: SourceSet, given: Place) -> int:
 
 def state_of(run: PretrainRun, data: SourceSet, step: int) -> dict[str, Any]:
     """What a checkpoint at `step` says of its run, for `check_goes_on`."""
-    return {"about": about(run, num_classes(run, data)), "order": data.order.state(step, data.identity)}
+    return {
+        "about": about(run, logit_classes(run, data.source.class_names)),
+        "order": data.order.state(step, data.identity),
+    }
 
 
 def retention_of(run: PretrainRun, data: SourceSet) -> Retention:
     """Which of the run's checkpoints stay."""
     return Retention(run.keep, chosen_steps(run.keep_epochs, data.order.steps_per_epoch))
-
-
-def num_classes(run: PretrainRun, data: SourceSet) -> int:
-    """Of the model's classifier; 0 for a loss without."""
-    return len(data.source.class_names) if run.loss.uses_logits else 0

@@ -9,6 +9,7 @@ from typing import Any
 from nc_dist.checkpoint.beginning import CHECKPOINTS, check_given
 from nc_dist.config import PretrainRun
 from nc_dist.errors import InputError
+from nc_dist.plan import as_bytes
 from nc_dist.source_set import SourceSet
 
 
@@ -21,15 +22,15 @@ def check_checkpoints(run: PretrainRun, data: SourceSet, one: int) -> dict[str, 
     check_disk(run.out, one, free)
     begins = check_given(run, data)
     plan = {"begins at": begins} if begins else {}
-    return plan | {"a checkpoint": f"{_size(one)}, about; {_size(free)} are free at {run.out}"}
+    return plan | {"a checkpoint": f"{as_bytes(one)}, about; {as_bytes(free)} are free at {run.out}"}
 
 
 def check_disk(out: str, one: int, free: int) -> None:
     """InputError when `free` bytes are less than `one` checkpoint needs."""
     if free < one:
         raise InputError(
-            f"out={out}: {_size(free)} are free there, and one checkpoint needs about {_size(one)}; make room, or name "
-            "a folder on another disk"
+            f"out={out}: {as_bytes(free)} are free there, and one checkpoint needs about {as_bytes(one)}; make room, "
+            "or name a folder on another disk"
         )
 
 
@@ -37,7 +38,3 @@ def free_bytes(folder: Path) -> int:
     """On the disk where the folder is, or will be."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from nc_dist.checkpoint.manifest import checkpoints_in, read_manifest, step_of, verify
+from nc_dist.checkpoint.manifest import STEP, checkpoints_in, newest_sound, read_manifest, step_of, verify
 from nc_dist.checkpoint.places import Place
-from nc_dist.checkpoint.retention import BEST, LAST
+from nc_dist.checkpoint.retention import BEST, LAST, linked_step
 from nc_dist.errors import InputError
 
 EXPORTS = ("export", "export_ema")
+REMEDY = "name another one with --which step_N; a finished run's own weights are in its folder export/"
 
 
 class Checked(NamedTuple):
@@ -39,15 +41,13 @@ def checked(path: str) -> Iterator[Checked]:
 def export(path: str, which: str, to: Path) -> Place:
     """Copy the exported weights of one checkpoint to a new folder; which checkpoint it was.
 
-    With averaged weights these go to `to`/export_ema. InputError when there is no such checkpoint, when it is damaged,
-    or when `to` is there already.
+    `last` is the newest one whose weights are whole, a line on the console about each passed over. Averaged weights go
+    to `to`/export_ema. InputError when there is no such checkpoint, when its weights are damaged, or when `to` is there
+    already; its other files may be damaged.
     """
-    place = _chosen(path, which)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"--to {to}: is there already; name a new folder")
-    faults = verify(place)
-    if faults:
-        raise InputError(f"{place}: damaged: {'; '.join(faults)}")
+    place = _chosen(path, which)
     files = [PurePosixPath(name) for name in read_manifest(place)["files"]]
     wanted = [file for file in files if file.parts[0] in EXPORTS]
     if not wanted:
@@ -66,23 +66,34 @@ def _all_in(path: str) -> list[Place]:
 
 
 def _chosen(path: str, which: str) -> Place:
-    """`last`, `best` or `step_N` of what lies at `path`; what a URL's newest checkpoint says is best there."""
+    """`last`, `best` or `step_N` of what lies at `path`, or the one checkpoint that it is; its weights are whole."""
     found = _all_in(path)
-    if which == LAST or (len(found) == 1 and found[0].folder_name == Place(path).folder_name):
-        return found[-1]
-    step = str(read_state_best(found[-1])) if which == BEST else which.removeprefix("step_")
-    for place in found:
-        if str(step_of(place)) == step:
-            return place
     there = ", ".join(place.folder_name for place in found)
-    why = "none was best on the hold-out" if which == BEST and step == "None" else "no such checkpoint"
-    raise InputError(f"--which {which}: {why}; {path} holds {there}")
+    if which == LAST:
+        newest = newest_sound(found, EXPORTS)
+        if newest is None:
+            raise InputError(f"{path}: the weights of all its checkpoints, {there}, are damaged; {REMEDY}")
+        return newest
+    if len(found) > 1 or found[0].folder_name != Place(path).folder_name:
+        step = _best_step(found) if which == BEST else which.removeprefix(STEP)
+        if step is None:
+            raise InputError(f"--which {which}: it is not known which was best on the hold-out; {path} holds {there}")
+        found = [place for place in found if str(step_of(place)) == str(step)]
+        if not found:
+            raise InputError(f"--which {which}: no such checkpoint, {STEP}{step}; {path} holds {there}")
+    faults = verify(found[0], EXPORTS)
+    if faults:
+        raise InputError(f"{found[0]}: damaged: {'; '.join(faults)}; {REMEDY}")
+    return found[0]
 
 
-def read_state_best(newest: Place) -> int | None:
-    """The step of the best checkpoint so far, as the newest one says."""
-    try:
-        step: int | None = read_manifest(newest).get("state", {}).get("best_step")
-    except ValueError as error:
-        raise InputError(f"{newest}: {error}") from None
-    return step
+def _best_step(found: list[Place]) -> int | None:
+    """The step of the best checkpoint so far: the link's here, else what the newest readable manifest says."""
+    linked = None if found[-1].is_remote else linked_step(Path(found[-1].name).parent, BEST)
+    if linked is not None:
+        return linked
+    for place in reversed(found):
+        with suppress(ValueError):
+            best: int | None = read_manifest(place).get("state", {}).get("best_step")
+            return best
+    return None

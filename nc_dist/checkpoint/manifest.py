@@ -7,6 +7,7 @@ engine's own files hold too, here readable without any engine.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,11 @@ def saved_state(checkpoint: str | Path | Place) -> dict[str, Any]:
     return state  # type: ignore[no-any-return]
 
 
-def verify(checkpoint: str | Path | Place) -> list[str]:
-    """What is wrong with a checkpoint; empty when every file has the size and hash that was written."""
+def verify(checkpoint: str | Path | Place, folders: Collection[str] = ()) -> list[str]:
+    """What is wrong with a checkpoint; empty when every file has the size and hash that was written.
+
+    With `folders` only the manifest and what lies in these is looked at.
+    """
     place = checkpoint if isinstance(checkpoint, Place) else Place(checkpoint)
     try:
         files = read_manifest(place)["files"]
@@ -88,7 +92,8 @@ def verify(checkpoint: str | Path | Place) -> list[str]:
         return None if sha256 == wanted["sha256"] else f"{name}: other bytes than were written"
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return [found for found in pool.map(fault, files) if found]
+        looked_at = [name for name in files if not folders or name.partition("/")[0] in folders]
+        return [found for found in pool.map(fault, looked_at) if found]
 
 
 def latest(folder: Path) -> Path | None:
@@ -97,10 +102,10 @@ def latest(folder: Path) -> Path | None:
     return Path(found.name) if found else None
 
 
-def newest_sound(checkpoints: list[Place]) -> Place | None:
-    """The last one without a fault; a line on the console about each that is passed over."""
+def newest_sound(checkpoints: list[Place], folders: Collection[str] = ()) -> Place | None:
+    """The last one without a fault (in these `folders`); a line on the console about each that is passed over."""
     for checkpoint in reversed(checkpoints):
-        faults = verify(checkpoint)
+        faults = verify(checkpoint, folders)
         if not faults:
             return checkpoint
         print(f"checkpoint {checkpoint} is damaged and passed over: {'; '.join(faults)}", flush=True)

@@ -41,7 +41,7 @@ def save(
     in_use: Collection[int] = (),
     beside: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
-    """Save at `step`; every rank calls it. `state` is small, plain JSON and the same on all ranks.
+    """Save at `step`; every rank calls it. `state` is small, plain JSON; rank 0's is written.
 
     Steps `in_use` are not pruned this time; `beside` writes what else belongs to the checkpoint, and is called on every
     rank. Raises SaveFailed on all ranks when any of them could not write.

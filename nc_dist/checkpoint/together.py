@@ -23,8 +23,10 @@ def on_all(world: World, work: Callable[[], T]) -> list[T]:
     fault, done = None, None
     try:
         done = work()
+    except Faults:
+        raise  # known to all ranks already: the work shares its faults itself
     except Exception as error:
-        fault = f"rank {world.rank}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        fault = _line(world, error)
     results = world.gather_objects((fault, done))
     faults = [fault for fault, _ in results if fault]
     if faults:
@@ -33,18 +35,24 @@ def on_all(world: World, work: Callable[[], T]) -> list[T]:
 
 
 def on_first(world: World, work: Callable[[], T]) -> T:
-    """work() of rank 0, or its InputError, on every rank; it may take as long as it likes."""
+    """work() of rank 0, or its error, on every rank; it may take as long as it likes.
+
+    An error that is no InputError is Faults on the others, as not every error can be sent.
+    """
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if world.rank == 0 else None
         while world.broadcast(future is not None and bool(wait([future], POLL_S).not_done)):
             pass
-        outcome: T | InputError | None = None
-        if future is not None:
-            try:
-                outcome = future.result()
-            except InputError as error:
-                outcome = error
-    outcome = world.broadcast(outcome)
-    if isinstance(outcome, InputError):
-        raise outcome
-    return outcome
+    error = future.exception() if future is not None else None
+    if error is not None:
+        told = InputError(str(error)) if isinstance(error, InputError) else Faults(_line(world, error))
+        world.broadcast((None, told))
+        raise error
+    done, told = world.broadcast((future.result() if future is not None else None, None))
+    if told is not None:
+        raise told
+    return done  # type: ignore[no-any-return]
+
+
+def _line(world: World, error: BaseException) -> str:
+    return f"rank {world.rank}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -6,6 +6,7 @@ that never ended, and is not looked at. Rank 0 copies the files of all ranks, so
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -57,13 +58,18 @@ class Uploads:
         if self._place is not None:
             self._waiting.put(step)
 
-    def close(self) -> dict[str, Any]:
-        """Wait for the last copy; every rank calls it. {url, uploaded: steps, failed: {step: reason}} on rank 0."""
+    def close(self, wait_s: float | None = None) -> dict[str, Any]:
+        """Wait for the last copy; every rank calls it. {url, uploaded: steps, failed: {step: reason}} on rank 0.
+
+        A run that is asked to stop waits for `wait_s` seconds only: its next start copies what is not there then.
+        """
         if self._place is not None:
             self._waiting.put(None)
-        on_first(self._world, self._thread.join if self._place is not None else lambda: None)
+        on_first(self._world, lambda: self._thread.join(wait_s) if self._place is not None else None)
         if self._place is None:
             return {}
+        if self._thread.is_alive():
+            _tell(f"not all checkpoints are copied to {self._place} yet: the same command copies them when it goes on")
         for step, reason in self._failed.items():
             print(f"error: upload of step_{step} to {self._place} failed: {reason}; it is whole here", file=sys.stderr)
         failed = {str(step): reason for step, reason in self._failed.items()}
@@ -123,6 +129,8 @@ def fetch(checkpoint: Place, folder: Path) -> Path:
     faults = verify(partial)
     if faults:
         raise OSError(f"{checkpoint}: {'; '.join(faults)}")
+    if final.exists():
+        shutil.rmtree(final)  # brought by an attempt that ended before it saved one of its own
     partial.rename(final)
     return final
 
@@ -133,20 +141,26 @@ def fetch_newest(checkpoints: list[Place], folder: Path) -> Path | None:
     None when there is none; InputError when there are some, and none of them can be had.
     """
     for checkpoint in reversed(checkpoints):
-        try:
-            newest = fetch(checkpoint, folder)
-        except (OSError, ValueError) as error:
-            _tell(f"checkpoint {checkpoint} is damaged and passed over: {error}")
+        if (newest := _fetched(checkpoint, folder)) is None:
             continue
         link(folder, LAST, newest.name)
         best = read_manifest(newest).get("state", {}).get("best_step")
         for other in checkpoints:
-            if step_of(other) == best:
-                link(folder, BEST, (newest if step_of(newest) == best else fetch(other, folder)).name)
+            if step_of(other) == best and (there := newest if other is checkpoint else _fetched(other, folder)):
+                link(folder, BEST, there.name)
         return newest
     if checkpoints:
         raise InputError(f"{checkpoints[-1]} and all before it are damaged; give another upload URL to begin anew")
     return None
+
+
+def _fetched(checkpoint: Place, folder: Path) -> Path | None:
+    """Brought into `folder`; None, with a line on the console, when it cannot be had whole."""
+    try:
+        return fetch(checkpoint, folder)
+    except (OSError, ValueError) as error:
+        _tell(f"checkpoint {checkpoint} is damaged and passed over: {error}")
+        return None
 
 
 def retried(call: Callable[[], T], what: str) -> T:

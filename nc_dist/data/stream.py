@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -128,21 +130,37 @@ def _loader(samples: _Samples, index_batches: Iterable[list[tuple[int, int]]], w
     if workers == 0:
         loaded = (_collate([samples[i] for i in indices], samples.input) for indices in index_batches)
     else:
-        forkserver = multiprocessing.get_context("forkserver")
-        forkserver.set_forkserver_preload([__name__])  # torch is imported once, not by each worker: 0.2 s instead of 5
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker: 0.2 s instead of 5
+        _start_forkserver()
         loaded = DataLoader(
             samples,
             batch_sampler=index_batches,
             num_workers=workers,
             collate_fn=partial(_collate, input=samples.input),
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=forkserver,
+            multiprocessing_context=context,
             worker_init_fn=partial(_end_with, os.getpid()),
         )
     for batch in loaded:
         if batch.error:
             raise InputError(batch.error)
         yield batch
+
+
+def _start_forkserver() -> None:
+    """With signals blocked that ask a run to stop: sent to all of its processes, they are for those that train.
+
+    Loader workers inherit this, and go on for the steps until everything is saved.
+    """
+    stops = {signal.SIGTERM, signal.SIGUSR1}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # the start of the tracker has unblocked SIGTERM
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _end_with(reader: int, worker: int) -> None:

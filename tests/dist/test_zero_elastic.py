@@ -39,6 +39,7 @@ def leg(world: World, folder: Path, start: int, stop: int) -> dict[Any, Any]:
             after_load = state(engine, world)
             ahead = losses(trained(engine, world, start, start + AHEAD, lr=LR[optim]))
             assert engine.load(old) == {"step": start}  # also into an engine that has gone on
+            assert worst(state(engine, world), after_load) == 0
         trained(engine, world, start, stop, lr=LR[optim])
         written = world.gather_objects(engine.save(new, {"step": stop}))
         assert sorted(sum(written, [])) == sorted(path for path in new.rglob("*") if path.is_file())

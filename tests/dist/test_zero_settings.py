@@ -47,6 +47,32 @@ def test_every_setting_gives_what_plain_torch_gives_with_it() -> None:
         assert found["bf16", 1][0] != found["plain", 1][0]
 
 
+def scaled(world: World) -> list[tuple[float, float, bool, float]]:
+    """In fp16, by stage: gradient norm of a very small loss and the largest move, then what an overflow does."""
+    found = []
+    x = torch.linspace(-1, 1, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
+    for zero in (None, *STAGES):
+        engine: Any = small_engine(world, zero, precision="fp16")
+        before = weights(engine)
+        engine.backward(engine.forward(x).logits.float().square().sum() * 1e-7)
+        assert engine.step(0.1)
+        norm, moved = engine.grad_norm, worst(before, weights(engine))
+        engine.backward(engine.forward(x).logits.float().square().sum() * 1e6)
+        applied = engine.step(0.1)
+        scale = engine.scaler.get_scale() if zero is None else engine._scale.value
+        found.append((norm, moved, applied, scale))
+    return found
+
+
+def test_in_fp16_small_gradients_survive_and_an_overflow_halves_the_scale() -> None:
+    for found in run_ranks(scaled, 2, timeout=100):
+        norm, moved, applied, scale = found[0]
+        assert norm > 0 and not applied and scale == 2.0**15
+        for ours in found[1:]:
+            assert ours[0] == pytest.approx(norm, rel=1e-4) and ours[1] == pytest.approx(moved, rel=1e-3)
+            assert ours[2:] == (False, scale)
+
+
 def offloaded(world: World, folder: Path) -> dict[Any, Any]:
     """Losses with and without offload, whether a poisoned step moved anything, whether a copy goes on bit for bit."""
     found = {}

@@ -74,11 +74,15 @@ def test_export_says_what_is_wrong(finished_run: Path, args: list[str], message:
     assert done.returncode == 2 and "no checkpoint there" in done.stderr
 
 
-def test_a_damaged_checkpoint_is_not_exported(copied: Path, tmp_path: Path) -> None:
-    os.truncate(copied / "checkpoints/last/export/model.safetensors", 100)
-    done = cli("checkpoint", "export", copied, "--to", tmp_path / "weights")
+def test_damaged_weights_are_not_exported_the_last_is_the_newest_whole_one(copied: Path, tmp_path: Path) -> None:
+    newest = (copied / "checkpoints/last").resolve()
+    os.truncate(newest / "export/model.safetensors", 100)
+    done = cli("checkpoint", "export", copied, "--which", newest.name, "--to", tmp_path / "weights")
     assert done.returncode == 2 and "damaged: export/model.safetensors: 100 bytes" in done.stderr, said(done)
-    assert not (tmp_path / "weights").exists()
+    assert "name another one with --which" in done.stderr and not (tmp_path / "weights").exists()
+    done = cli("checkpoint", "export", copied, "--to", tmp_path / "weights")
+    assert done.returncode == 0 and f"{newest} is damaged and passed over: export/model.s" in done.stdout, said(done)
+    assert done.stdout.splitlines()[-1].startswith(f"{tmp_path}/weights: the weights of {newest.parent}/step_")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -36,6 +37,34 @@ def test_sigterm_here_saves_and_the_same_command_goes_on_bitwise(one_process: di
     assert curve(out) == curve(one_process["ce"])
     assert curve(out, "nc/train_before/nc1") == curve(one_process["ce"], "nc/train_before/nc1")
     assert read_json(out / "status.json")["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_all_processes_twice_saves_once_though_loader_workers_get_it_too(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """As schedulers send it; and torchrun passes it on to ranks that have it already."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = ["pretrain", SMALL, f"out={out}", "epochs=100", "data.workers=2", "measure_every=10000", "--on", "here"]
+    with started(log, *command) as process:
+        wait_for(lambda: (last := rows(out)[-1:]) and last[0]["step"] >= 5, 120, "5 steps", process)
+        for _ in range(2):
+            os.killpg(process.pid, number)
+        assert process.wait(60) == 75, log.read_text()
+    assert (out / "checkpoints/last").resolve().name == f"step_{rows(out)[-1]['step']}"
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_stop_while_the_first_measure_is_made_takes_one_step_and_saves(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    with started(log, "pretrain", SMALL, f"out={out}", "probe.per_class=null", "--on", "here") as process:
+        wait_for((out / "lease.json").exists, 90, "the first measure begins", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75, log.read_text()
+    assert [row["step"] for row in rows(out)] == [0, 1, 1] or [row["step"] for row in rows(out)] == [0, 1]
+    assert (out / "checkpoints/last").resolve().name == "step_1"
 
 
 @pytest.fixture

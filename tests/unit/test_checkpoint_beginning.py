@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nc_dist import checkpoint
-from nc_dist.checkpoint import Uploads, beginning
+from nc_dist.checkpoint import Uploads, resume_from, upload
 from nc_dist.checkpoint.beginning import check_given, retention_of, state_of
 from nc_dist.checkpoint.checks import check_checkpoints, check_disk, free_bytes
 from nc_dist.config import PretrainRun
@@ -54,7 +54,7 @@ def old(tree: dict[str, Any], tmp_path: Path) -> Made:
 
 def test_a_new_run_begins_from_scratch(tree: dict[str, Any], tmp_path: Path) -> None:
     of = made(tree, tmp_path / "new")
-    assert beginning(*of) is None and check_given(*of) is None
+    assert resume_from(*of) is None and check_given(*of) is None
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step_3", "checkpoints/last", "file://"])
@@ -64,7 +64,7 @@ def test_resume_takes_a_run_its_checkpoints_one_of_them_a_link_or_a_url(
     place = f"file://{old[0].out}" if name == "file://" else f"{old[0].out}/{name}"
     of = made(tree, tmp_path / "new", f"resume={place}")
     step = 3 if "step_3" in name else 5
-    found = beginning(*of)
+    found = resume_from(*of)
     assert found is not None and checkpoint.step_of(found) == step and checkpoint.verify(found) == []
     assert (found.parent == tmp_path / "new/resumed_from") == (name == "file://")
     assert f"step {step}, " in str(check_given(*of))
@@ -73,16 +73,16 @@ def test_resume_takes_a_run_its_checkpoints_one_of_them_a_link_or_a_url(
 def test_the_runs_own_checkpoint_goes_before_that_of_another(tree: dict[str, Any], tmp_path: Path, old: Made) -> None:
     of = made(tree, tmp_path / "new", f"resume={old[0].out}")
     own = save(of, 2)
-    assert beginning(*of) == own and f"step 2, {own}" == check_given(*of)
+    assert resume_from(*of) == own and f"step 2, {own}" == check_given(*of)
 
 
 def test_a_damaged_newest_of_another_run_is_passed_over(tree: dict[str, Any], tmp_path: Path, old: Made) -> None:
     of = made(tree, tmp_path / "new", f"resume={old[0].out}")
     (Path(old[0].out) / "checkpoints/step_5/weights").write_text("?")
-    assert checkpoint.step_of(beginning(*of)) == 3
+    assert checkpoint.step_of(resume_from(*of)) == 3
     (Path(old[0].out) / "checkpoints/step_3/weights").write_text("?")
     with pytest.raises(InputError, match="resume=.*none of its checkpoints is whole"):
-        beginning(*of)
+        resume_from(*of)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_both_sides_are_named(
     tree: dict[str, Any], tmp_path: Path, old: Made, overrides: list[str], said: list[str]
 ) -> None:
     of = made(tree, tmp_path / "new", f"resume={old[0].out}", *overrides)
-    for refuse in (beginning, check_given):
+    for refuse in (resume_from, check_given):
         with pytest.raises(InputError, match="resume=.*step_5: ") as caught:
             refuse(*of)
         assert [words for words in said if words not in str(caught.value)] == []
@@ -115,12 +115,12 @@ def test_both_identities_of_models_are_shown(tree: dict[str, Any], tmp_path: Pat
     of = made(tree, tmp_path / "new", f"resume={old[0].out}", "model.backbone.width=8")
     ours, theirs = (state_of(*each, 1)["about"]["model"]["identity"] for each in (of, old))
     with pytest.raises(InputError, match=f"identity {theirs}; this run's is {ours}"):
-        beginning(*of)
+        resume_from(*of)
 
 
 def test_rate_and_length_and_what_is_seen_may_change(tree: dict[str, Any], tmp_path: Path, old: Made) -> None:
     changed = ["optim.lr=0.5", "epochs=2", "data.augment.kind=none", "log_every=1", "engine.clip=2", "ema=0.9"]
-    assert checkpoint.step_of(beginning(*made(tree, tmp_path / "new", f"resume={old[0].out}", *changed))) == 5
+    assert checkpoint.step_of(resume_from(*made(tree, tmp_path / "new", f"resume={old[0].out}", *changed))) == 5
 
 
 @pytest.mark.parametrize("place", ["nowhere", "s3x://bucket/run"])
@@ -140,15 +140,35 @@ def test_an_empty_folder_goes_on_from_what_was_uploaded_and_only_from_its_own(
 
     again = made(tree, tmp_path / "again", url)
     assert "step 5, file://" in str(check_given(*again))
-    assert beginning(*again) == tmp_path / "again/checkpoints/step_5"
-    for refuse in (beginning, check_given):
+    assert resume_from(*again) == tmp_path / "again/checkpoints/step_5"
+    for refuse in (resume_from, check_given):
         with pytest.raises(InputError, match="upload=.*holds step_5 of a run of other settings; give another URL"):
             refuse(*made(tree, tmp_path / "other", url, "optim.lr=0.5"))
     anew = made(tree, tmp_path / "anew", url)
     prepare(anew[0], fresh=True)
     with pytest.raises(InputError, match="holds step_5 of before --fresh"):
-        beginning(*anew)
+        resume_from(*anew)
     assert (tmp_path / "anew" / FRESH).is_file() and not (tmp_path / "anew/checkpoints").exists()
+
+
+def test_a_store_that_cannot_be_read_or_copied_from_is_told_by_its_key_with_a_remedy(
+    tree: dict[str, Any], tmp_path: Path, old: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "WAIT_S", 0.001)
+    with pytest.raises(InputError, match=r"upload=.*: cannot be read \(.*too long.*; give the same command again"):
+        resume_from(*made(tree, tmp_path / "new", f"upload=file://{tmp_path}/{'x' * 300}"))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/resumed_from").write_text("in the way")
+    with pytest.raises(InputError, match="resume=.*: step_5 cannot be brought here .*; give the same command again"):
+        resume_from(*made(tree, tmp_path / "new", f"resume=file://{old[0].out}"))
+
+
+def test_what_was_brought_by_an_attempt_that_saved_nothing_is_brought_again(
+    tree: dict[str, Any], tmp_path: Path, old: Made
+) -> None:
+    of = made(tree, tmp_path / "new", f"resume=file://{old[0].out}")
+    assert resume_from(*of) == resume_from(*of) == tmp_path / "new/resumed_from/step_5"
+    assert checkpoint.verify(tmp_path / "new/resumed_from/step_5") == []
 
 
 def test_less_disk_than_a_checkpoint_needs_is_refused_with_both_numbers(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -158,7 +178,7 @@ def test_less_disk_than_a_checkpoint_needs_is_refused_with_both_numbers(tree: di
     assert free_bytes(tmp_path / "not/yet/there") > 10**6
     of = made(tree, tmp_path / "new")
     assert check_checkpoints(*of, one=2_000_000)["a checkpoint"].startswith("2 MB, about; ")
-    with pytest.raises(InputError, match="one checkpoint needs about 1e"):
+    with pytest.raises(InputError, match="one checkpoint needs about 1 EB"):
         check_checkpoints(*of, one=10**18)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +171,37 @@ def test_a_server_that_fails_is_tried_again_and_one_that_keeps_failing_is_told_a
     assert "upload of step_1: attempt 2 of 5 failed: reset by peer" in said.out
     assert f"error: upload of step_2 to {place} failed: ConnectionError: reset by peer; it is whole here" in said.err
     assert there(place) == [1, 3]
+
+
+def test_a_stop_does_not_wait_for_a_slow_store_and_the_next_start_copies_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, put, goes_on = f"file://{tmp_path}/there", Place.put, threading.Event()
+
+    def slow(self: Place, source: Path, name: str) -> None:
+        goes_on.wait(20)
+        put(self, source, name)
+
+    monkeypatch.setattr(Place, "put", slow)
+    save(tmp_path / "here", 1)
+    uploads, began = Uploads(url, tmp_path / "here", Retention(), World()), time.monotonic()
+    assert uploads.close(wait_s=0.1)["upload"]["uploaded"] == [] and time.monotonic() - began < 10
+    assert f"not all checkpoints are copied to {url} yet" in capsys.readouterr().out
+    goes_on.set()
+    uploads.close()
+    shutil.rmtree(tmp_path / "there")
+    assert Uploads(url, tmp_path / "here", Retention(), World()).close()["upload"]["uploaded"] == [1]
+
+
+def test_a_best_copy_that_is_damaged_does_not_hold_up_the_newest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"file://{tmp_path}/there"
+    uploaded(url, tmp_path / "here", {1: 1, 2: 1}, Retention(2))
+    (Place(url) / "step_1").remove("weights")
+    assert fetch_newest(checkpoints_in(url), tmp_path / "back") == tmp_path / "back/step_2"
+    assert "step_1 is damaged and passed over" in capsys.readouterr().out
+    assert not (tmp_path / "back/best").exists() and (tmp_path / "back/last").readlink().name == "step_2"
 
 
 def test_without_a_url_nothing_is_done(tmp_path: Path) -> None:

@@ -108,6 +108,50 @@ def test_published_weights_are_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+class Own(nn.Module):
+    """A user's net of one convolution and something that fake tensors cannot follow."""
+
+    def __init__(self, odd: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.odd = nn.Conv2d(3, 5, 3), odd
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.odd(self.conv(x).mean((2, 3)))
+
+
+def looks_at_values() -> nn.Module:
+    return Own(lambda z: z * (1 if z.sum().item() > 0 else 2))
+
+
+def holds_a_plain_tensor() -> nn.Module:
+    plain = torch.ones(5)
+    return Own(lambda z: z * plain)
+
+
+def has_shapes_of_values() -> nn.Module:
+    return Own(lambda z: z + z[z > 0].sum())
+
+
+ODD = {
+    "looks_at_values": "DataDependentOutput",
+    "holds_a_plain_tensor": "Tensor",
+    "has_shapes_of_values": "DynamicOutputShape",
+}
+
+
+@pytest.mark.parametrize(("function", "reason"), ODD.items())
+def test_of_a_net_that_cannot_be_traced_the_size_is_known_and_the_reason(
+    monkeypatch: pytest.MonkeyPatch, function: str, reason: str
+) -> None:
+    monkeypatch.setenv("NC_DIST_ALLOW_USER_CODE", "1")
+    tree = {"backbone": {"kind": "own", "function": f"{__name__}:{function}"}}
+    cost = model_cost(ModelSpec.model_validate(tree), 10, INPUT, IMAGES)
+    assert reason in cost.untraced and "\n" not in cost.untraced
+    assert cost.parameters == (3 * 9 + 1) * 5 + (5 + 1) * 10
+    assert cost.flops == cost.activations == 0
+    assert model_cost(SMALL, 10, INPUT, IMAGES).untraced == ""
+
+
 def test_the_state_of_each_optimiser_is_counted() -> None:
     assert optimizer_bytes(SGD()) == 4 and optimizer_bytes(SGD(momentum=0)) == 0
     assert optimizer_bytes(AdamW()) == 8 and optimizer_bytes(AdamW(), element=8) == 16

@@ -244,6 +244,8 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
 
 def test_peaks_are_dense_and_those_of_the_units_that_a_precision_uses() -> None:
     assert gpu("h100").peak("bf16") == 989.5e12 and gpu("h100").peak("fp32") == 494.7e12
+    assert gpu("h100").peak("fp32", attention=True) == 67e12  # torch's matrix products do not use TF32 by default
+    assert gpu("h100").peak("bf16", attention=True) == 989.5e12
     assert gpu("v100").peak("fp16") == 125e12
     assert gpu("v100").peak("bf16") == gpu("v100").peak("fp32") == 15.7e12  # it has tensor cores for fp16 only
     for known in GPUS:

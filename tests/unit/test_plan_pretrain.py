@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 from processes import ROOT, SMALL, rows
 
 from nc_dist.config import PretrainRun
-from nc_dist.data.order import Order, check_world, default_lanes
+from nc_dist.data.catalog import is_described, name_and_split
+from nc_dist.data.order import check_world
 from nc_dist.errors import BAD_INPUT, DONE
 from nc_dist.gpus import gpu
 from nc_dist.launch.start import start
-from nc_dist.model import check_input
+from nc_dist.model import Model, check_input
 from nc_dist.model_cost import model_cost
 from nc_dist.plan import Cluster
 from nc_dist.pretrain_plan import cluster_plan, disk_lines, measured_at, work_of
-from nc_dist.source_set import SourceSet, open_source_set
+from nc_dist.source_set import logit_classes, open_source_set
 from nc_dist.spec import load
 
 RUN_FILES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
@@ -129,42 +126,109 @@ def held(path: Path) -> int:
     return sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
 
 
-def stand_in(run: PretrainRun) -> SourceSet:
-    """The run's training set as far as a plan looks at it: as many samples and classes as the catalogue says."""
-    name = run.data.train.partition(":")[0]
-    path = ROOT / f"configs/datasets/{name}.yaml"
-    about: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"classes": 10}
-    classes, samples = about["classes"], about.get("samples", {"train": 12_000})["train"]
-    labels = np.arange(samples) % classes
-    heldout = np.arange(run.data.holdout_per_class * classes)
-    train = np.arange(len(heldout), samples)
-    order = Order(
-        (len(train),),
-        run.seed,
-        run.batch.global_,
-        run.batch.micro,
-        run.data.lanes or default_lanes(run.batch.global_, run.batch.micro),
-    )
-    source: Any = SimpleNamespace(labels=labels, class_names=[str(k) for k in range(classes)])
-    return SourceSet(source, train, heldout, order, round(run.epochs * order.steps_per_epoch), "stand-in", {})
+IMAGENET = ROOT / "configs/pretrain/imagenet_resnet50_ce.yaml"
+
+
+def cluster_planned(*overrides: str, cluster: Cluster | None = None, file: Path = IMAGENET) -> int:
+    small = ["model.backbone.name=resnet18", "input.size=32"]
+    return start("pretrain", file, [*small, *overrides], "here", True, None, False, cluster)
+
+
+def test_a_catalogued_set_is_planned_for_a_named_cluster_without_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NC_DIST_DATA", str(tmp_path))
+    assert cluster_planned(cluster=Cluster(1, 8, "h200")) == DONE
+    said = capsys.readouterr().out
+    assert re.search(rf"training samples +{1281167 - 20000}\n", said) and re.search(r"held out +20000\n", said)
+    assert re.search(r"data.train +1,281,167 samples of 1,000 classes from the catalogue, not read \(.*manifest", said)
+    assert re.search(r"data.test +50,000 samples of 1,000 classes from the catalogue, not read", said)
+    assert re.search(r"images read and decoded as a check +none\n", said) and "GPU-hours" in said
+    probed, forward = 200 * 1000 + 50_000, size(re.search(r"parameters, (.*?)FLOP a forward", said)[1] + "B")  # type: ignore[index]
+    final = size(re.search(r"NC probes, (.*?)FLOP source accuracy", said)[1] + "B")  # type: ignore[index]
+    assert final == pytest.approx(probed * forward, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cluster", "message"),
+    [
+        ([], None, "no readable manifest"),
+        (["data.train=imagenet_wds:fit"], Cluster(1, 8), "no readable manifest"),  # nothing is published of it
+        (["data.train=shards/mine"], Cluster(1, 8), "without the data a set of the catalogue can be planned"),
+        (["data.test=cifar10:test"], Cluster(1, 8), "its classes are not those of"),
+        (["data.test=imagenet_wds:train"], Cluster(1, 8), "the very samples of data.train"),
+    ],
+)
+def test_without_data_all_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, overrides: list[str],
+    cluster: Cluster | None, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("NC_DIST_DATA", str(tmp_path))
+    assert cluster_planned(*overrides, cluster=cluster) == BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_a_net_that_cannot_be_traced_is_planned_as_far_as_it_can_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NC_DIST_ALLOW_USER_CODE", "1")
+    own = "model.backbone={kind: own, function: test_model_cost:looks_at_values, image_size: 8}"
+    assert planned(f"out={tmp_path / 'x'}", own, cluster=Cluster(1, 2, "h200")) == DONE
+    said = capsys.readouterr().out
+    assert re.search(r"FLOPs and activations +unknown, the net cannot be traced \(DataDependentOutput", said)
+    assert re.search(r"model +200 parameters\n", said) and "whether the run fits is unknown" in said
+    assert re.search(r"torch, DDP <- this run +800 B +800 B .* unknown +unknown", said)
+    assert re.search(r"disk +[\d.]+ kB: ", said) and "GPU-hours" not in said and "0 FLOP" not in said
+
+
+@pytest.mark.parametrize("settings", [["ema=0.9"], ["model.classifier.kind=etf"], ["engine.precision=fp64"]])
+def test_a_checkpoint_has_one_size_in_a_plan_and_what_is_frozen_has_no_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str]
+) -> None:
+    assert planned(f"out={tmp_path / 'x'}", *settings) == DONE
+    said = capsys.readouterr().out
+    checked = re.search(r"a checkpoint +(.*?), about", said)[1]  # type: ignore[index]
+    kept = re.search(r"checkpoints of (.*?) at", said)[1]  # type: ignore[index]
+    assert checked == kept
+    run = load(PretrainRun, SMALL, settings)
+    model = Model(run.model, 10)
+    element = 8 if "engine.precision=fp64" in settings else 4
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = element * sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * (element if b.is_floating_point() else 8) for b in model.buffers())
+    exact = 3 * (weights + buffers) * (2 if run.ema else 1) + element * trained  # itself, two files of export; momentum
+    assert size(checked) == pytest.approx(exact, rel=5e-3)
+
+
+def test_nc_is_measured_at_chosen_epochs_too() -> None:
+    settings = ["keep_epochs=[0.5, 1]", "save_every=30", "measure_every=25"]
+    run = load(PretrainRun, SMALL, settings)
+    data = open_source_set(run)
+    epoch = data.order.steps_per_epoch
+    measures, saves = measured_at(run, data)
+    assert saves == {round(0.5 * epoch), epoch, 30, data.steps} and measures == saves | {25, 50}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_the_model_of_every_run_file_takes_its_input_and_fits_the_hardware_that_it_names(path: Path) -> None:
+def test_the_model_of_every_run_file_takes_its_input_and_fits_the_hardware_that_it_names(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NC_DIST_DATA", str(tmp_path))  # nothing is there
     run = load(PretrainRun, path)
-    data = stand_in(run)
+    if not is_described(name_and_split(run.data.train)[0]):
+        run = run.model_copy(update={"data": run.data.model_copy(update={"train": "fashion_mnist:train"})})
+    data = open_source_set(run, published=True)
     header = path.read_text()[: path.read_text().index("\nout:")]
     assert len(path.read_text().splitlines()) <= 45
     assert "Hardware" in header and ("not yet run" in header or "Number" in header or "result" in header)
-    classes = len(data.source.class_names) if run.loss.uses_logits else 0
+    classes = logit_classes(run, data.source.class_names)
     assert check_input(run.model, run.input, classes, run.batch.micro * run.loss.views) > 0
 
     named = re.search(r"--nodes (\d+) --gpus-per-node (\d+) --gpu (\w+)", header)
     nodes, gpus, name = (int(named[1]), int(named[2]), named[3]) if named else (1, run.launch.workers, "h200")
     assert nodes * gpus == run.launch.workers
     check_world(data.order.micro_per_step, nodes * gpus)
-    bare = run.model_copy(update={"data": run.data.model_copy(update={"test": None})})
-    plan = cluster_plan(bare, data, Cluster(nodes, gpus, gpu(name).name), nodes * gpus)
+    plan = cluster_plan(run, data, Cluster(nodes, gpus, gpu(name).name), nodes * gpus)
     assert plan["memory of the GPU"].endswith("the run fits")
     print(path.stem, plan["GPU-hours"], plan["NC probe"], plan["disk"], sep="\n   ")

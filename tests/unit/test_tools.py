@@ -12,6 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from nc_dist.model_cost import model_cost
+from nc_dist.world import World
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
@@ -24,7 +27,10 @@ def loaded(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["bench_nc", "bench_data", "order_quality", "figure_nc", "figure_demo", "demo"])
+LOADED = ["bench_nc", "bench_data", "bench_train", "order_quality", "figure_nc", "figure_demo", "demo", "gpu_check"]
+
+
+@pytest.mark.parametrize("name", [*LOADED, "source_variants"])
 def test_a_script_loads(name: str) -> None:
     assert callable(loaded(name).main)
 
@@ -99,3 +105,43 @@ def test_a_wider_window_brings_the_order_nearer_to_a_permutation() -> None:
     shape = tool.SHAPES[1]
     lags = [tool.quality(tool.ours(shape, window=window), shape)["lag B"] for window in (1, 4, 16)]
     assert lags[0] > 0.9 and lags[1] < 0.3 and lags[2] < 0.05
+
+
+def test_the_gpu_check_has_the_plans_own_memory_beside_what_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = loaded("gpu_check")
+    monkeypatch.delenv("RANK", raising=False)
+    found = check.train_case("resnet50", "torch", quick=True, shards=None)
+    assert found["images/s"] > 0 and 0 < found["loss"] < 20
+    spec, input, optim, images = check.setting("resnet50", True)
+    cost = model_cost(spec, check.CLASSES, input, images, "bf16")
+    numbers = sum(cost.trained)
+    held = 4 * 3 * numbers + cost.buffers  # weights, gradients, momentum
+    assert found["planned"] * 2**30 == pytest.approx(held + max(cost.activations, 4 * numbers))
+    assert found["flops"] == cost.flops
+    shared = check.plan_of(spec, input, optim, images, "ZeRO 2", World(0, 4))
+    assert shared["planned"] < check.plan_of(spec, input, optim, images, "ZeRO 0", World(0, 4))["planned"]
+
+
+def test_the_gpu_check_tells_a_case_that_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = loaded("gpu_check")
+    monkeypatch.setattr(check, "ENGINES", {"no such engine": {}})
+    monkeypatch.setattr(check, "MODELS", {"resnet50": 8})
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--quick", "--only", "speed"])
+    assert check.main() == 1
+    said = capsys.readouterr().out
+    assert re.search(r"\| resnet50 \| no such engine \| synthetic \| KeyError", said)
+
+
+@pytest.mark.slow
+def test_the_gpu_check_compares_losses_and_tells_what_the_statistics_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = loaded("gpu_check")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--quick", "--only", "agree"])
+    assert check.main() == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| fp32 beside CPU fp32 \| 0.0e\+00", said) or torch.cuda.is_available()
+    assert ("SyncBatchNorm: needs two GPUs, not exercised" in said) == (torch.cuda.device_count() < 2)
+    assert re.search(r"\| float64 \| [\d.]+ \| [\d.]+ % \| [\d.]+ % \|", said)
