@@ -78,6 +78,19 @@ _journey("sweep", "Many fine-tuning trials.  Example: nc-dist sweep configs/swee
 
 
 @app.command()
+def schema(
+    journey: Annotated[str, typer.Argument(help="pretrain, finetune, measure or sweep.", show_default=False)],
+) -> None:
+    """Every key of a run file, its values and defaults, as a JSON Schema: editors complete and check YAML by it."""
+    from nc_dist import config
+
+    specs = {"pretrain": "PretrainRun", "finetune": "FinetuneRun", "measure": "MeasureRun", "sweep": "SweepRun"}
+    if journey not in specs:
+        _fail(f"schema {journey}: must be one of {', '.join(specs)}")
+    typer.echo(json.dumps(getattr(config, specs[journey]).model_json_schema(), indent=1))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder with finished runs, at any depth.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Where to write; default: the folder itself.")] = None,

@@ -71,7 +71,7 @@ class TorchEngine:
         if unused:
             raise InputError(
                 f"model.backbone: {len(unused)} of its parameters have no part in the outputs, and the processes would "
-                f"wait for their gradients: {', '.join(unused[:5])}; freeze them (requires_grad=False), or leave them out"
+                f"wait for their gradients: {', '.join(unused[:5])}; freeze them (requires_grad=False) or leave them out"
             )
         self.optimizer.zero_grad()
         self._settled = True

@@ -197,7 +197,8 @@ def main() -> None:
         return steps_worker(width, micro, rounds, steps, args.worker)
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {RANKS} gloo ranks, one thread each")
-    print(f"torch {torch.__version__}, deepspeed {version('deepspeed')}; resnet20 width {width}, {SIZE} px, {micro} a rank\n")
+    print(f"torch {torch.__version__}, deepspeed {version('deepspeed')}")
+    print(f"resnet20 width {width}, {SIZE} px, {micro} images a micro-batch\n")
     with tempfile.TemporaryDirectory() as name:
         if args.only != "journeys":
             file = Path(name) / "steps.json"

@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
-"""What training does on the GPU at hand: speed, memory beside the plan's, agreement with the CPU. No Ray.
+"""How fast training is on the GPU at hand, and its memory beside the plan's. No Ray. Its partner is gpu_agree.py.
 
     .venv/bin/python tools/gpu_check.py                    # everything: about 15 minutes, an estimate until it has run
-    .venv/bin/python tools/gpu_check.py --only speed       # or input, agree: shorter calls
+    .venv/bin/python tools/gpu_check.py --only speed       # or input: shorter calls
     .venv/bin/python tools/gpu_check.py --quick            # tiny and on any machine, a CPU too: whether all of it runs
 
 speed   ResNet-50 and ViT-B/16, 224 pixels, bf16, images on the device: plain torch, compiled, ZeRO 0-3, offload. Every
         case is a process of its own, so that its peak memory is its own. MFU counts three forwards a step.
 input   the same two models fed from JPEG shards (short side 256) by loader workers, beside the images on the device.
-agree   fp32 without TF32: losses of the first steps on CPU and GPU; bf16 beside fp32; with two GPUs SyncBatchNorm on
-        both beside BatchNorm of the whole batch on one; what the statistics of NC take of a forward and of a step.
 
-The exit code is 1 where a case failed; the tables stand all the same.
+The exit code is 1 where a case failed; the table stands all the same.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from itertools import count, islice, repeat
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +45,6 @@ from nc_dist.losses import CrossEntropy
 from nc_dist.make_engine import make_engine
 from nc_dist.model import Model, ModelSpec
 from nc_dist.model_cost import model_cost
-from nc_dist.nc import HalvedMoments
 from nc_dist.objective import Objective
 from nc_dist.optim import SGD, AdamW, Schedule
 from nc_dist.world import World, joined_world
@@ -161,64 +158,6 @@ def plan_of(
     return {"planned": planned / GIB, "flops": cost.flops}
 
 
-def losses_on(world: World, precision: str, steps: int = 5) -> list[float]:
-    """Of the first steps of a small ResNet from fixed weights; with more processes BatchNorm is over all of them."""
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = Model(ModelSpec(backbone=SmallResNetSpec(name="resnet20", width=16)), 10)
-    if world.size > 1:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    spec = TorchSpec.model_validate({"precision": precision})
-    engine = make_engine(model, spec, SGD(lr=0.05), (64, 64 // world.size), world)
-    objective = objective_of(InputSpec(size=32), 0.05, world.size)
-    running = train_steps(engine, synthetic(64, 32, world), objective, world)
-    return [step.metrics()["train/loss"] for step in islice(running, steps)]
-
-
-def agree(device: str) -> dict[str, Any]:
-    """Relative differences of losses, step by step, or why there are none."""
-    world = World(device=torch.device(device))
-    found: dict[str, Any] = {}
-
-    def compare(name: str, there: list[float], here: list[float]) -> None:
-        found[name] = {"differences": [abs(a - b) / abs(a) for a, b in zip(here, there, strict=True)]}
-
-    cpu = losses_on(World(device=torch.device("cpu")), "fp32")
-    for precision in ("fp32", "bf16"):
-        compare(f"{precision} beside CPU fp32", losses_on(world, precision), cpu)
-    if torch.cuda.device_count() < 2:  # on one process torch's SyncBatchNorm is plain BatchNorm
-        print("SyncBatchNorm: needs two GPUs, not exercised")
-        return found
-    name = "SyncBatchNorm on 2 GPUs beside BatchNorm on 1"
-    both = child("--sync", launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
-    if "error" in both:
-        found[name] = both
-    else:
-        compare(name, both["losses"], losses_on(world, "fp32"))
-    return found
-
-
-def statistics_cost(device: str, quick: bool) -> dict[str, float]:
-    """Milliseconds for a probe batch of ResNet-50 in bf16: training step, forward, moments in fp32 and fp64."""
-    spec, input, optim, images = setting("resnet50", quick)
-    world, counts = World(device=torch.device(device)), (1, 2) if quick else (5, 20)
-    model = Model(spec, CLASSES)
-    engine = make_engine(model, engine_spec("torch"), optim, (images, images), world)
-    x = torch.randn(images, 3, input.size, input.size, device=device).contiguous(memory_format=torch.channels_last)
-    feats = torch.randn(images, model.dim, device=device)
-    labels, halves = torch.randint(0, CLASSES, (images,), device=device), torch.arange(images, device=device) % 2 == 0
-    data = synthetic(images, input.size, world)
-    work: dict[str, Iterator[Any]] = {
-        "step": train_steps(engine, data, objective_of(input, optim.lr), world),
-        "forward": (engine.eval_forward(x) for _ in count()),
-    }
-    for dtype in (torch.float32, torch.float64):
-        moments = HalvedMoments(CLASSES, model.dim, dtype=dtype, device=device)
-        name = str(dtype).removeprefix("torch.")
-        work[name] = (moments.update(feats, labels, halves) for moments in repeat(moments))
-    return {name: 1000 * seconds_of(again, *counts, world.device) for name, again in work.items()}
-
-
 def make_shards(folder: Path, quick: bool) -> Path:
     """JPEGs of ImageNet's sizes, shrunk to a short side of 256, in shards."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -229,10 +168,9 @@ def make_shards(folder: Path, quick: bool) -> Path:
     return folder / "shards"
 
 
-def child(*args: object, launcher: Sequence[str] = ()) -> dict[str, Any]:
-    """This script in processes of its own; its last line is the answer."""
-    command = [sys.executable, *launcher, __file__, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def child(*command: object) -> dict[str, Any]:
+    """What a process of its own, started with Python, answers in its last line."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     try:
         return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
     except (IndexError, json.JSONDecodeError):
@@ -251,31 +189,31 @@ def show_speed(rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
         print(f"| {model} | {engine} | {fed} | {found['images/s']:.0f} | {mfu} | {peak} | {found['planned']:.2f} |")
 
 
-def show_agree(found: dict[str, Any], nc: dict[str, float]) -> None:
-    print("\n| losses of 5 steps, resnet20 | relative difference by step |\n|---|---|")
-    for name, case in found.items():
-        print(f"| {name} | {case.get('error') or ', '.join(f'{value:.1e}' for value in case['differences'])} |")
-    step, forward = nc.pop("step"), nc.pop("forward")
-    print(
-        "\n| NC statistics of a batch, K 1000, halves | ms | of its forward | of a training step |\n|---|---|---|---|"
-    )
-    for name, took in nc.items():
-        print(f"| {name} | {took:.2f} | {100 * took / forward:.2f} % | {100 * took / step:.2f} % |")
-    print(f"ResNet-50 in bf16 on the same images: forward {forward:.1f} ms, training step {step:.1f} ms")
-
-
 def cases(only: str | None, quick: bool) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
     """Model, engine, input of each case, and what was found."""
     short = ["--quick"] if quick else []
     if only in (None, "speed"):
         for model in MODELS:
             for engine in ENGINES:
-                yield (model, engine, "synthetic"), child("--case", model, engine, *short)
+                yield (model, engine, "synthetic"), child(__file__, "--case", model, engine, *short)
     if only in (None, "input"):
         with tempfile.TemporaryDirectory() as folder:
             shards = make_shards(Path(folder), quick)
             for model in MODELS:
-                yield (model, "torch", "JPEG shards"), child("--case", model, "torch", *short, "--shards", shards)
+                yield (
+                    (model, "torch", "JPEG shards"),
+                    child(__file__, "--case", model, "torch", *short, "--shards", shards),
+                )
+
+
+def begin(quick: bool) -> torch.device:
+    """The device, which is told; a CPU only where it is to be quick."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not quick:
+        raise SystemExit("no GPU here; --quick shows on a CPU whether all of it runs")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, 224 px, bf16 unless said")
+    return device
 
 
 def answer(found: Any) -> NoReturn:
@@ -287,32 +225,20 @@ def answer(found: Any) -> NoReturn:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["speed", "input", "agree"])
+    parser.add_argument("--only", choices=["speed", "input"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--sync", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.case:
         answer(train_case(*args.case, args.quick, args.shards))
-    if args.sync:
-        with joined_world() as world:
-            answer({"losses": losses_on(world, "fp32")})
-    if device == "cpu" and not args.quick:
-        raise SystemExit("no GPU here; --quick shows on a CPU whether all of it runs")
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, 224 px, bf16 unless said")
+    begin(args.quick)
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for case, found in cases(args.only, args.quick):
         rows[case] = found
         print(*case, found, flush=True)
-    if rows:
-        show_speed(rows)
-    agreed = agree(device) if args.only in (None, "agree") else {}
-    if agreed:
-        show_agree(agreed, statistics_cost(device, args.quick))
-    return int(any("error" in found for found in (*rows.values(), *agreed.values())))
+    show_speed(rows)
+    return int(any("error" in found for found in rows.values()))
 
 
 if __name__ == "__main__":

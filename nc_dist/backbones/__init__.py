@@ -16,7 +16,7 @@ NAMED = ("small_resnet", "torchvision", "timm")  # kinds of which a name can be 
 
 
 def spelled_out(block: Any) -> Any:
-    """`timm:NAME` as the block with this kind and name, and so for other kinds that have names; or `module:function`."""
+    """`timm:NAME` as the block with this kind and name, so for other kinds that have names; or `module:function`."""
     if not isinstance(block, str):
         return block
     kind, colon, name = block.partition(":")

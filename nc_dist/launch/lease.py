@@ -110,12 +110,9 @@ def _take(out: Path, owner: str, tell: Callable[[str], object]) -> int:
     while True:
         old, aside = wait_until_free(out, owner, tell), out / f"{FILE}.{uuid.uuid4().hex}"
         if old is not None:
-            with suppress(FileNotFoundError):  # another one was faster
+            with suppress(FileNotFoundError):  # another one was faster; if its new lease goes here, it notices and ends
                 (out / FILE).rename(aside)
-                moved = _look(aside)
                 aside.unlink()
-                if moved is None or moved.holder != old.holder:
-                    continue  # a lease that another had just made: it notices that it is gone, and ends
         with suppress(FileExistsError):
             file = os.open(out / FILE, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             os.write(file, text.encode())

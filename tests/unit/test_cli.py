@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
+from processes import SMALL
 from servers import http_server
 from typer.testing import CliRunner, Result
 
@@ -202,3 +204,14 @@ def test_help_answers_without_loading_torch() -> None:
 
     code = "import sys, nc_dist.cli; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'numpy', 'webdataset')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_schema_of_a_run_file_has_every_kind_of_loss_and_accepts_what_the_run_files_say() -> None:
+    printed = CliRunner().invoke(app, ["schema", "pretrain"])
+    tree = json.loads(printed.output)
+    assert printed.exit_code == 0 and {"MSE", "SupCon", "KoLeo", "ETFClassifier"} <= tree["$defs"].keys()
+    run = validate(PretrainRun, yaml.safe_load(SMALL.read_text()), "small").model_dump(mode="json", by_alias=True)
+    jsonschema.validate(run, tree)
+    with pytest.raises(jsonschema.ValidationError, match="nonsense"):
+        jsonschema.validate(run | {"nonsense": 1}, tree)
+    assert CliRunner().invoke(app, ["schema", "pretrian"]).exit_code == 2

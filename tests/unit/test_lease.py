@@ -106,6 +106,32 @@ def test_a_restarted_group_takes_its_own_lease_at_once_and_the_old_holder_ends(t
         assert lease.is_held(tmp_path), "the one that lost does not take the new one away"
 
 
+def test_a_lease_that_is_made_between_look_and_take_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, look, free = holder(tmp_path, "a", 60), lease.wait_until_free, [None]
+    monkeypatch.setattr(lease, "wait_until_free", lambda *args: free.pop() if free else look(*args))
+    try:
+        elsewhere(tmp_path)
+        with pytest.raises(InputError), lease.held(tmp_path, "b"):
+            pass
+        assert free == [] and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_who_lost_a_lease_leaves_the_new_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 60)
+    first, second = lease.held(tmp_path, "a"), lease.held(tmp_path, "a")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert lease.is_held(tmp_path)
+    second.__exit__(None, None, None)
+    assert not lease.is_held(tmp_path)
+
+
 def test_of_several_that_start_together_one_gets_it(tmp_path: Path) -> None:
     got: list[str] = []
     ready = threading.Barrier(6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -84,12 +83,11 @@ print("ended", flush=True)
 """
 
 
-def watched(out: Path, places: list[tuple[int, str, float]]) -> tuple[int, str, float]:
-    """Exit code, output and seconds of a process that is in each place for some seconds; half a second is a hang."""
+def watched(out: Path, places: list[tuple[int, str, float]]) -> tuple[int, str, str]:
+    """Exit code and output of a process that is in each place for some seconds; half a second is a hang."""
     command = [sys.executable, "-c", SCRIPT, str(out), "0.5", repr(places)]
-    began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=child_env())
-    return done.returncode, done.stdout, time.monotonic() - began
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_a_phase_that_takes_too_long_ends_the_process_and_what_lies_between_steps_may_take_longer(
@@ -98,15 +96,18 @@ def test_a_phase_that_takes_too_long_ends_the_process_and_what_lies_between_step
     code, said, _ = watched(tmp_path, [(1, "reading", 0.2), (1, "between steps", 1.2), (2, "update", 0.2)])
     assert (code, said) == (0, "ended\n") and not (tmp_path / "hangs").exists()
 
-    code, said, seconds = watched(tmp_path, [(1, "update", 0.1), (2, "reading", 30)])
+    code, said, errors = watched(tmp_path, [(1, "update", 0.1), (2, "reading", 30)])
     assert code == 1 and said.startswith("hang: rank 0 at step 2, reading, for 0.5 s"), said
-    assert "ended" not in said and seconds < 25
+    assert "ended" not in said and "Timeout" not in errors, "the last resort was not needed"
     assert "SCRIPT" not in said and "<string>" in (tmp_path / "hangs/rank_0.txt").read_text()
     assert watchdog.verdict_of(tmp_path) == said.strip()
 
 
-def test_another_rank_s_report_makes_this_one_report_and_it_goes_on(tmp_path: Path) -> None:
-    with watchdog.watching(tmp_path, 0, 2, 2, print) as at:
+def test_another_rank_s_report_makes_this_one_report_and_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.1)
+    with watchdog.watching(tmp_path, 0, 2, 60, print) as at:
         at(3, "gradients")
         report(tmp_path / "hangs", 1, 3, "reading")
         wait_for((tmp_path / "hangs/rank_0.txt").exists, 10, "a report")
