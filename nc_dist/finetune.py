@@ -21,14 +21,14 @@ from nc_dist.data.order import check_state, check_world
 from nc_dist.data.stream import eval_batches, train_steps_data
 from nc_dist.data.subset import per_class
 from nc_dist.engine import DeepSpeedSpec, evaluating
-from nc_dist.engine_check import check_engine, check_optim
+from nc_dist.engine.checks import check_engine, check_optim
+from nc_dist.engine.make import make_engine
 from nc_dist.errors import InputError, Preempted
 from nc_dist.features import Probe, forwarded, gathered_features, passes_over
 from nc_dist.heads import Linear
 from nc_dist.identity import hash_file
 from nc_dist.loop import NOT_WATCHED, At, every, train_steps
 from nc_dist.losses import CrossEntropy
-from nc_dist.make_engine import make_engine
 from nc_dist.methods import LinearProbe
 from nc_dist.methods.freezing import train_mode, trainable
 from nc_dist.model import Exported, Model, classifier_of, export, export_folder, load_exported

@@ -14,7 +14,7 @@ from nc_dist.class_means import show_class_means
 from nc_dist.config import PretrainRun
 from nc_dist.data.damage import BadSamples
 from nc_dist.data.order import check_world
-from nc_dist.engine_check import check_engine
+from nc_dist.engine.checks import check_engine
 from nc_dist.errors import Preempted
 from nc_dist.loop import NOT_WATCHED, At, Step, every, train_steps
 from nc_dist.model import Model

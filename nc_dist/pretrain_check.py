@@ -17,7 +17,7 @@ from nc_dist.data.mix import check_mix
 from nc_dist.data.order import check_world
 from nc_dist.data.source import Source
 from nc_dist.engine import DeepSpeedSpec, deepspeed_json
-from nc_dist.engine_check import check_engine, check_optim
+from nc_dist.engine.checks import check_engine, check_optim
 from nc_dist.errors import InputError
 from nc_dist.heads import CosineClassifier
 from nc_dist.losses import Loss

@@ -10,7 +10,7 @@ from typing import Any
 from nc_dist import checkpoint, pretrained
 from nc_dist.config import PretrainRun
 from nc_dist.engine import Engine
-from nc_dist.make_engine import make_engine
+from nc_dist.engine.make import make_engine
 from nc_dist.model import Model
 from nc_dist.source_model import NO_SCORE, export_all
 from nc_dist.source_set import SourceSet

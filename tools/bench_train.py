@@ -35,9 +35,9 @@ from nc_dist.backbones import SmallResNetSpec
 from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.stream import Batch
 from nc_dist.engine import DeepSpeedSpec, TorchSpec
+from nc_dist.engine.make import make_engine
 from nc_dist.loop import train_steps
 from nc_dist.losses import CrossEntropy
-from nc_dist.make_engine import make_engine
 from nc_dist.model import Model, ModelSpec
 from nc_dist.objective import Objective
 from nc_dist.optim import SGD, Schedule

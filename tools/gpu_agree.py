@@ -23,8 +23,8 @@ import torch
 from nc_dist.backbones import SmallResNetSpec
 from nc_dist.data.augment import InputSpec
 from nc_dist.engine import TorchSpec
+from nc_dist.engine.make import make_engine
 from nc_dist.loop import train_steps
-from nc_dist.make_engine import make_engine
 from nc_dist.model import Model, ModelSpec
 from nc_dist.nc import HalvedMoments
 from nc_dist.optim import SGD
@@ -112,7 +112,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.sync:
         with joined_world() as world:
-            answer({"losses": losses_on(world, "fp32")})
+            losses = losses_on(world, "fp32")
+            world.barrier()  # nobody leaves before the other is through
+            answer({"losses": losses})
     device = begin(args.quick)
     agreed = agree(device)
     show_agree(agreed, statistics_cost(device, args.quick))

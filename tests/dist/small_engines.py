@@ -16,7 +16,7 @@ from nc_dist.engine import DeepSpeedSpec, Engine, TorchSpec
 from nc_dist.heads import MLPHead
 from nc_dist.loop import Step, train_steps
 from nc_dist.losses import CrossEntropy
-from nc_dist.make_engine import make_engine
+from nc_dist.engine.make import make_engine
 from nc_dist.model import Model, ModelSpec
 from nc_dist.objective import Objective
 from nc_dist.optim import SGD, AdamW, Schedule

@@ -16,7 +16,7 @@ from nc_dist.checkpoint.together import Faults
 from nc_dist.config import PretrainRun
 from nc_dist.engine import DeepSpeedSpec, TorchSpec
 from nc_dist.errors import InputError
-from nc_dist.make_engine import make_engine
+from nc_dist.engine.make import make_engine
 from nc_dist.model import Model, ModelSpec
 from nc_dist.optim import SGD
 from nc_dist.source_model import export_all

@@ -17,7 +17,7 @@ from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.mix import Mixup, NoMix
 from nc_dist.data.stream import Batch
 from nc_dist.engine import TorchSpec
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.loop import train_steps
 from nc_dist.losses import (
     BCE,

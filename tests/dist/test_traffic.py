@@ -21,14 +21,14 @@ from torch.profiler import ProfilerActivity, profile
 from nc_dist.backbones import SmallResNetSpec
 from nc_dist.data.augment import InputSpec
 from nc_dist.engine import DeepSpeedSpec, TorchSpec, deepspeed_json
-from nc_dist.make_engine import make_engine
+from nc_dist.engine.make import make_engine
 from nc_dist.model import Model, ModelSpec
 from nc_dist.model_cost import model_cost, optimizer_bytes
 from nc_dist.optim import SGD
 from nc_dist.plan_memory import DDP_BUCKETS, Stage, ZeroSettings, held_in_zero3, partition, states, zero_settings
 from nc_dist.plan_traffic import collectives, ring_bytes
 from nc_dist.world import World
-from nc_dist.zero_state import masters
+from nc_dist.engine.zero_state import masters
 
 MODEL, INPUT = ModelSpec(backbone=SmallResNetSpec(name="resnet20", width=32)), InputSpec(size=16)
 MICRO, CLASSES = 4, 10

@@ -11,7 +11,7 @@ from torch import nn
 
 from nc_dist.backbones import SmallResNetSpec
 from nc_dist.engine import TorchSpec
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.errors import InputError
 from nc_dist.model import Model, ModelSpec
 from nc_dist.optim import SGD

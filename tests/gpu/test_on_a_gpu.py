@@ -32,7 +32,7 @@ def test_a_pretrain_on_the_gpu_learns_and_measures(tmp_path: Path, kind: str, pr
 def test_bf16_outputs_are_near_fp32_ones() -> None:
     from nc_dist.backbones import SmallResNetSpec
     from nc_dist.engine import TorchSpec
-    from nc_dist.engine_torch import TorchEngine
+    from nc_dist.engine.torch_engine import TorchEngine
     from nc_dist.model import Model, ModelSpec
     from nc_dist.optim import SGD
     from nc_dist.world import World

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nc_dist.backbones import SmallResNetSpec
-from nc_dist.ema import Average
 from nc_dist.engine import TorchSpec
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.ema import Average
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.model import Model, ModelSpec
 from nc_dist.optim import SGD
 from nc_dist.world import World

@@ -11,8 +11,8 @@ from nc_dist.config import PretrainRun
 from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.stream import Batch
 from nc_dist.engine import DeepSpeedSpec, TorchSpec, deepspeed_json, evaluating
-from nc_dist.engine_check import check_engine
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.checks import check_engine
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.errors import InputError
 from nc_dist.loop import train_steps
 from nc_dist.losses import CrossEntropy

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nc_dist.engine import DeepSpeedSpec, deepspeed_json
-from nc_dist.loss_scale import PATIENCE, LossScale
-from nc_dist.zero_shards import AVERAGES, WEIGHTS, Piece, Shard, cut_anew, read_shards, save_shard
+from nc_dist.engine.loss_scale import PATIENCE, LossScale
+from nc_dist.engine.zero_shards import AVERAGES, WEIGHTS, Piece, Shard, cut_anew, read_shards, save_shard
 
 
 def zero_of(parameters: int, gpu: bool = False, **spec: Any) -> dict[str, Any]:

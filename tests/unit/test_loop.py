@@ -18,7 +18,7 @@ from nc_dist.data.augment import InputSpec, normalise
 from nc_dist.data.mix import Cutmix, MixSpec, Mixup, NoMix
 from nc_dist.data.stream import Batch
 from nc_dist.engine import TorchSpec
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.errors import InputError
 from nc_dist.heads import MLPHead
 from nc_dist.identity import hash_text

@@ -13,7 +13,7 @@ from nc_dist.data.augment import InputSpec
 from nc_dist.data.mix import Cutmix, MixSpec, Mixup, NoMix
 from nc_dist.data.stream import Batch
 from nc_dist.engine import TorchSpec
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.errors import InputError
 from nc_dist.heads import CosineClassifier, ETFClassifier
 from nc_dist.loop import train_steps

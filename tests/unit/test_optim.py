@@ -18,8 +18,8 @@ from nc_dist.backbones import SmallResNetSpec, from_vit
 from nc_dist.config import FinetuneRun, PretrainRun
 from nc_dist.data.augment import InputSpec
 from nc_dist.engine import DeepSpeedSpec, TorchSpec
-from nc_dist.engine_check import check_optim
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.checks import check_optim
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.errors import InputError
 from nc_dist.heads import MLPHead
 from nc_dist.methods import LayerFT

@@ -90,6 +90,7 @@ def watched(out: Path, places: list[tuple[int, str, float]]) -> tuple[int, str, 
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_phase_that_takes_too_long_ends_the_process_and_what_lies_between_steps_may_take_longer(
     tmp_path: Path,
 ) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from nc_dist.ema import Average
 from nc_dist.engine import DTYPES, HALF, TorchSpec, evaluating
+from nc_dist.engine.ema import Average
 from nc_dist.errors import InputError
 from nc_dist.model import Model
 from nc_dist.optim import OptimSpec, parameter_groups
@@ -71,7 +71,7 @@ class TorchEngine:
         if unused:
             raise InputError(
                 f"model.backbone: {len(unused)} of its parameters have no part in the outputs, and the processes would "
-                f"wait for their gradients: {', '.join(unused[:5])}; freeze them (requires_grad=False) or leave them out"
+                f"wait for their gradients: {', '.join(unused[:5])}; freeze them (requires_grad=False)"
             )
         self.optimizer.zero_grad()
         self._settled = True

@@ -14,16 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nc_dist import zero_state
-from nc_dist.ema import Average
-from nc_dist.engine import HALF, DeepSpeedSpec, deepspeed_json, evaluating
+from nc_dist.engine import HALF, DeepSpeedSpec, deepspeed_json, evaluating, zero_state
+from nc_dist.engine.ema import Average
+from nc_dist.engine.loss_scale import LossScale
+from nc_dist.engine.zero_shards import read_shards, save_shard
 from nc_dist.errors import EXPORT_REMEDY, InputError
-from nc_dist.loss_scale import LossScale
 from nc_dist.model import Model
 from nc_dist.optim import OptimSpec, parameter_groups
 from nc_dist.outputs import Outputs
 from nc_dist.world import World
-from nc_dist.zero_shards import read_shards, save_shard
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

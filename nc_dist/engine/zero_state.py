@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc_dist.zero_shards import AVERAGES, WEIGHTS, Flat, Piece, Shard, cut_anew
+from nc_dist.engine.zero_shards import AVERAGES, WEIGHTS, Flat, Piece, Shard, cut_anew
 
 
 def _partitions_weights(zero: Any) -> bool:

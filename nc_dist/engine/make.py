@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nc_dist.engine import DeepSpeedSpec, Engine, TorchSpec
-from nc_dist.engine_torch import TorchEngine
+from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.model import Model
 from nc_dist.optim import OptimSpec
 from nc_dist.world import World
@@ -20,6 +20,6 @@ def make_engine(
     """The engine that `spec` names; `batch` is (global, micro), `ema` the decay of averaged weights, None for none."""
     if isinstance(spec, TorchSpec):
         return TorchEngine(model, spec, optim, world, ema)
-    from nc_dist.engine_deepspeed import DeepSpeedEngine
+    from nc_dist.engine.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(model, spec, optim, batch, world, ema)
