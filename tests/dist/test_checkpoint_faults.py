@@ -15,8 +15,8 @@ from nc_dist.checkpoint.manifest import read_manifest
 from nc_dist.checkpoint.together import Faults
 from nc_dist.config import PretrainRun
 from nc_dist.engine import DeepSpeedSpec, TorchSpec
-from nc_dist.errors import InputError
 from nc_dist.engine.make import make_engine
+from nc_dist.errors import InputError
 from nc_dist.model import Model, ModelSpec
 from nc_dist.optim import SGD
 from nc_dist.source_model import export_all

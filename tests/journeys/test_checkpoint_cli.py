@@ -165,6 +165,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_with_room_it_goes_on(small_di
     assert (status["state"], status["code"]) == ("failed", 1)
     whole = max(int(name[5:]) for name in step_folders(small_disk) if name.startswith("step_"))
     assert f"SaveFailed: step {whole + 10}: the checkpoint could not be written" in status["reason"]
+    assert "(rank 0: SafetensorError: " in status["reason"], "in the export, before all gather the averaged weights"
     assert f"checkpoints/step_{whole} is whole" in status["reason"] and "make room" in status["reason"]
     assert [name for name in step_folders(small_disk) if name.endswith(".partial")] == []
 

@@ -9,9 +9,9 @@ import pytest
 from processes import ROOT, SMALL, rows
 
 from nc_dist.config import PretrainRun
-from nc_dist.data.catalog import is_described, name_and_split
+from nc_dist.data.catalog import entry, is_described, name_and_split, published
 from nc_dist.data.order import check_world
-from nc_dist.errors import BAD_INPUT, DONE
+from nc_dist.errors import BAD_INPUT, DONE, InputError
 from nc_dist.gpus import gpu
 from nc_dist.launch.start import start
 from nc_dist.model import Model, check_input
@@ -155,7 +155,7 @@ def test_a_catalogued_set_is_planned_for_a_named_cluster_without_its_files(
         ([], None, "no readable manifest"),
         (["data.train=imagenet_wds:fit"], Cluster(1, 8), "no readable manifest"),  # nothing is published of it
         (["data.train=shards/mine"], Cluster(1, 8), "without the data a set of the catalogue can be planned"),
-        (["data.test=cifar10:test"], Cluster(1, 8), "its classes are not those of"),
+        (["data.test=TMP/birds.yaml:test"], Cluster(1, 8), "its classes are not those of"),
         (["data.test=imagenet_wds:train"], Cluster(1, 8), "the very samples of data.train"),
     ],
 )
@@ -164,7 +164,10 @@ def test_without_data_all_else_is_refused(
     cluster: Cluster | None, message: str,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("NC_DIST_DATA", str(tmp_path))
-    assert cluster_planned(*overrides, cluster=cluster) == BAD_INPUT
+    about = "reader: {kind: folder, paths: {train: a, test: b}}\nclasses: 20\nsamples: {test: 90}\n"
+    (tmp_path / "birds.yaml").write_text(about)
+    here = [text.replace("TMP", str(tmp_path)) for text in overrides]
+    assert cluster_planned(*here, cluster=cluster) == BAD_INPUT
     assert message in capsys.readouterr().err
 
 
@@ -212,11 +215,15 @@ def test_nc_is_measured_at_chosen_epochs_too() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_the_model_of_every_run_file_takes_its_input_and_fits_the_hardware_that_it_names(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NC_DIST_DATA", str(tmp_path))  # nothing is there
+    def refuse(*args: object) -> None:
+        raise InputError("nothing is downloaded for this test")
+
+    monkeypatch.setattr(published, "open_set", refuse)
     run = load(PretrainRun, path)
-    if not is_described(name_and_split(run.data.train)[0]):
+    name, _ = name_and_split(run.data.train)
+    if not is_described(name) or "train" not in entry(name).samples:
         run = run.model_copy(update={"data": run.data.model_copy(update={"train": "fashion_mnist:train"})})
     data = open_source_set(run, published=True)
     header = path.read_text()[: path.read_text().index("\nout:")]
