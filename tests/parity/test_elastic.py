@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from elastic import assert_samples_exact, ranks, step_of
@@ -17,8 +16,10 @@ from processes import FP64, SMALL, cli, curve, read_json, relative, run_ranks, s
 
 from nc_dist.config import PretrainRun
 from nc_dist.errors import Preempted
+from nc_dist.pretrain import pretrain
 from nc_dist.run_folder import prepare
 from nc_dist.spec import load
+from nc_dist.world import World
 
 pytestmark = pytest.mark.slow
 
@@ -92,39 +93,44 @@ def run_of(out: Path, stage: str) -> PretrainRun:
     return load(PretrainRun, SMALL, [f"out={out / stage}", "save_every=1000", *engine])
 
 
-def some_steps(world: Any, out: Path) -> None:
-    """STEPS more steps of each stage's run, saved."""
-    from nc_dist.pretrain import pretrain
-
+def some_steps(world: World, out: Path, copy: Path | None) -> None:
+    """STEPS more steps of each stage's run, saved; then of a copy of it STEPS more."""
     for stage in STAGES:
-        run, calls = run_of(out, stage), []
-        if world.rank == 0:
-            prepare(run)
-        world.barrier()
-
-        def stop(calls: list[int] = calls) -> bool:
-            calls.append(1)
-            return len(calls) >= STEPS
-
-        with pytest.raises(Preempted):
-            pretrain(run, world, stop)
+        go_on(world, run_of(out, stage))
+        if copy:
+            if world.rank == 0:
+                shutil.copytree(out / stage, copy / stage, symlinks=True)
+            world.barrier()
+            go_on(world, run_of(copy, stage))
 
 
-@pytest.mark.timeout(1200)  # seven groups; about 80 s on a quiet machine
+def go_on(world: World, run: PretrainRun) -> None:
+    """Train until asked for the STEPS-th time whether to stop."""
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) >= STEPS
+
+    if world.rank == 0:
+        prepare(run)
+    world.barrier()
+    with pytest.raises(Preempted):
+        pretrain(run, world, stop)
+
+
+@pytest.mark.timeout(900)
 def test_zero_goes_from_4_to_2_to_1_to_2_processes(tmp_path: Path) -> None:
     """The next three losses are those of a copy that goes on as before, to 1e-5; each sample is read as ordered."""
-    out = tmp_path / "run"
-    run_ranks(some_steps, 4, out, timeout=240)
-    for before, after in ((4, 2), (2, 1), (1, 2)):
-        copy = tmp_path / f"as before on {before}"
-        shutil.copytree(out, copy, symlinks=True)
-        run_ranks(some_steps, before, copy, timeout=240)
-        run_ranks(some_steps, after, out, timeout=240)
-        for stage in STAGES:
-            found, expected = curve(out / stage), curve(copy / stage)
+    out, before = tmp_path / "run", None
+    for size, copy in ((4, tmp_path / "4"), (2, tmp_path / "2"), (1, tmp_path / "1"), (2, None)):
+        run_ranks(some_steps, size, out, copy, timeout=240)
+        for stage in STAGES if before else ():
+            found, expected = curve(out / stage), curve(before / stage)
             assert found.keys() == expected.keys()
-            newest = sorted(found)[-STEPS:]
-            worst = max(relative(found[step], expected[step]) for step in newest)
-            print(f"{stage} {before} -> {after}: steps {newest}, {worst:.1e}")
-            assert worst < 1e-5, f"{stage} {before} -> {after}"
-            assert_samples_exact(run_of(out, stage))
+            worst = max(relative(found[step], expected[step]) for step in sorted(found)[-STEPS:])
+            print(f"{stage}, on {size} as before: {worst:.1e}")
+            assert worst < 1e-5, f"{stage} on {size}"
+        before = copy
+    for stage in STAGES:
+        assert_samples_exact(run_of(out, stage))

@@ -15,9 +15,9 @@ from nc_dist.errors import BAD_INPUT, DONE, InputError
 from nc_dist.gpus import gpu
 from nc_dist.launch.start import start
 from nc_dist.model import Model, check_input
-from nc_dist.model_cost import model_cost
+from nc_dist.model_cost import ModelSize, model_cost
 from nc_dist.plan import Cluster
-from nc_dist.pretrain_plan import cluster_plan, disk_lines, measured_at, work_of
+from nc_dist.pretrain_plan import checkpoint_size, cluster_plan, disk_lines, measured_at, work_of
 from nc_dist.source_set import logit_classes, open_source_set
 from nc_dist.spec import load
 
@@ -185,7 +185,7 @@ def test_a_net_that_cannot_be_traced_is_planned_as_far_as_it_can_be(
 
 
 @pytest.mark.parametrize("settings", [["ema=0.9"], ["model.classifier.kind=etf"], ["engine.precision=fp64"]])
-def test_a_checkpoint_has_one_size_in_a_plan_and_what_is_frozen_has_no_state(
+def test_a_checkpoint_has_one_size_in_a_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str]
 ) -> None:
     assert planned(f"out={tmp_path / 'x'}", *settings) == DONE
@@ -201,6 +201,12 @@ def test_a_checkpoint_has_one_size_in_a_plan_and_what_is_frozen_has_no_state(
     buffers = sum(b.numel() * (element if b.is_floating_point() else 8) for b in model.buffers())
     exact = 3 * (weights + buffers) * (2 if run.ema else 1) + element * trained  # itself, two files of export; momentum
     assert size(checked) == pytest.approx(exact, rel=5e-3)
+
+
+def test_frozen_parameters_have_no_state_in_a_checkpoint() -> None:
+    frozen, trained = ModelSize((100,), 1000, 8), ModelSize((100, 1000), 0, 8)
+    run = load(PretrainRun, SMALL)
+    assert checkpoint_size(run, trained) - checkpoint_size(run, frozen) == 4 * 1000  # momentum
 
 
 def test_nc_is_measured_at_chosen_epochs_too() -> None:
