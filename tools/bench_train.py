@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    width, micro, rounds, steps = (4, 16, 2, 4) if args.quick else (16, 128, args.rounds, 8)
+    width, micro, rounds, steps = (4, 16, 2, 4) if args.quick else (16, 128, args.rounds, 4)
     if args.worker:
         return steps_worker(width, micro, rounds, steps, args.worker)
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
