@@ -1,5 +1,6 @@
 """Backbones: nets cut at their blocks, and where they come from. One file for each family and each origin."""
 
+import difflib
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -22,7 +23,7 @@ def spelled_out(block: Any) -> Any:
     kind, colon, name = block.partition(":")
     if kind in NAMED:
         return {"kind": kind, "name": name}
-    if not colon:
+    if not colon or kind == "own" or difflib.get_close_matches(kind, NAMED, 1):
         known = ", ".join(f"{kind}:NAME" for kind in NAMED)
         raise ValueError(f"expected a block with the key 'kind', {known}, or module:function of your own")
     return {"kind": "own", "function": block}

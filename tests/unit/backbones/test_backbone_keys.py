@@ -28,7 +28,7 @@ def test_a_kind_and_a_name_are_a_whole_backbone_also_on_the_command_line(text: s
     [
         (
             "tim:x",
-            "run.yaml: backbone='tim:x': expected a block with the key 'kind', or small_resnet:NAME, torchvision:N",
+            "run.yaml: backbone='tim:x': expected a block with the key 'kind', small_resnet:NAME, torchvision:N",
         ),
         ("own:module.function", "expected a block"),
         ("torchvision:resnet19", "backbone='resnet19': unknown torchvision model; allowed are"),
@@ -40,3 +40,9 @@ def test_a_wrong_backbone_is_told_with_what_there_is(block: object, said: str) -
     with pytest.raises(InputError) as caught:
         validate(ModelSpec, {"backbone": block}, "run.yaml")
     assert said in str(caught.value)
+
+
+def test_module_function_is_short_for_code_of_ones_own() -> None:
+    from nc_dist.backbones import OwnSpec, spelled_out
+
+    assert OwnSpec.model_validate(spelled_out("mynet.small:make")).function == "mynet.small:make"
