@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -95,15 +94,20 @@ def test_a_rank_that_is_stopped_altogether_is_named_and_the_run_goes_on_from_its
     assert list(out.glob("hangs.*/rank_0.txt")), "the reports are put aside, not lost"
 
 
-def test_a_process_that_was_itself_stopped_for_a_while_goes_on(tmp_path: Path) -> None:
-    """Suspended machines and debuggers are no hangs: the other way round nobody waits here."""
+def test_what_one_rank_failed_by_is_told_and_not_that_the_other_one_lost_it(images: Path, tmp_path: Path) -> None:
+    """A file is gone that rank 1 reads in each of the first epochs; rank 0, which writes the status, loses rank 1."""
     out = tmp_path / "run"
-    with ranks(tmp_path, 1, "pretrain", SMALL, f"out={out}", *SETTINGS) as [(process, log)]:
-        wait_for(lambda: step_of(out) >= 10, 90, "10 steps", process)
-        process.send_signal(signal.SIGSTOP)
-        stopped_at = step_of(out)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(2.5 * HANG_S)
-        process.send_signal(signal.SIGCONT)
-        wait_for(lambda: step_of(out) >= stopped_at + 50, 60, "more steps", process)
-        assert "hang" not in log.read_text() and not (out / "hangs").exists()
+    settings = [f"out={out}", f"data.train={images}", *SETTINGS]
+    run = load(PretrainRun, SMALL, settings)
+    epochs = [range(9 * epoch + 1, 9 * epoch + 10) for epoch in range(5)]
+    mine = set.intersection(*(set[Path]().union(*(files_read(run, 1, step) for step in steps)) for steps in epochs))
+    with ranks(tmp_path, 2, "pretrain", SMALL, *settings) as group:
+        wait_for(lambda: step_of(out) >= 1, 90, "a step", group[0][0])
+        gone = min(mine)
+        gone.unlink()
+        codes = [process.wait(90) for process, _ in group]
+    said = [log.read_text() for _, log in group]
+    assert codes == [1, 2], said
+    status = read_json(out / "status.json")
+    assert (status["state"], status["code"]) == ("bad_input", 2) and str(gone) in status["reason"], status
+    assert f"error: {gone}" in said[1] and "Traceback" not in said[1]

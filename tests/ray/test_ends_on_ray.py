@@ -94,12 +94,12 @@ def test_kill_9_of_the_driver_and_the_same_command_at_once_with_a_surplus_worker
 
 def test_a_second_start_is_refused_while_the_first_one_trains_and_shows_gauges(ray_head: Any, tmp_path: Path) -> None:
     """Ends by Ctrl-C: interrupted, not done."""
-    out, log, second = tmp_path / "run", tmp_path / "log", tmp_path / "second"
+    out, log, second = tmp_path / "gauged", tmp_path / "log", tmp_path / "second"
     command = ["pretrain", SMALL, f"out={out}", *LONG, "launch.workers=1"]
     with started(log, *command, env=ray_head.env) as driver:
         wait_for(lambda: step_of(out) >= 5, 120, "5 steps", driver)
         with started(second, *command, "--on", "here") as other:
-            metrics = scraped_until(ray_head, "ray_nc_dist_train_loss")
+            metrics = scraped_until(ray_head, 'run="gauged"')
             assert other.wait(120) == 2, second.read_text()
         assert "writes to it" in second.read_text() and "waiting up to 60 s" in second.read_text()
         assert read_json(out / "status.json")["state"] == "running"
@@ -108,23 +108,23 @@ def test_a_second_start_is_refused_while_the_first_one_trains_and_shows_gauges(r
         driver.send_signal(signal.SIGINT)
         assert driver.wait(60) == 130, log.read_text()[-4000:]
     assert read_json(out / "status.json")["state"] == "interrupted"
-    values = {float(value) for value in re.findall(r'^ray_nc_dist_train_loss\{.*run="run".*\} (\S+)', metrics, re.M)}
+    values = {float(value) for value in re.findall(r'^ray_nc_dist_train_loss\{.*run="gauged".*\} (\S+)', metrics, re.M)}
     assert len(values) == 1 and values <= set(curve(out).values())
-    (steps,) = (float(value) for value in re.findall(r'^ray_nc_dist_step\{.*run="run".*\} (\S+)', metrics, re.M))
+    (steps,) = (float(value) for value in re.findall(r'^ray_nc_dist_step\{.*run="gauged".*\} (\S+)', metrics, re.M))
     assert 1 <= steps <= step_of(out)
 
 
-def scraped_until(head: Any, name: str) -> str:
-    """What the head's metrics port exports, as soon as it has the name."""
+def scraped_until(head: Any, word: str) -> str:
+    """The gauges that the head's metrics port exports, as soon as the word is in them; they lag by seconds."""
     (port,) = (word.partition("=")[2] for word in head.process.args if str(word).startswith("--metrics-export-port="))
     found = [""]
 
     def look() -> bool:
         with suppress(OSError):
             found[0] = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        return f"\n{name}{{" in found[0]
+        return word in found[0]
 
-    wait_for(look, 90, f"{name} at the metrics port")
+    wait_for(look, 90, f"{word} at the metrics port")
     return found[0]
 
 

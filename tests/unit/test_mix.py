@@ -158,7 +158,12 @@ def seen_and_losses(world: World) -> dict[str, Any]:
         spec = ModelSpec(backbone=SmallResNetSpec(name="resnet8", width=2), head=MLPHead(output=4))
         engine = TorchEngine(Model(spec, 3), TorchSpec(precision="fp64"), SGD(), world)
         seen: list[torch.Tensor] = []
-        engine.module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].clone()))
+
+        def see(module: torch.nn.Module, args: tuple[torch.Tensor], seen: list[torch.Tensor] = seen) -> None:
+            if module.training:
+                seen.append(args[0].clone())
+
+        engine.module.register_forward_pre_hook(see)
         random = np.random.default_rng(0)
         images, labels = (
             random.integers(0, 256, (2, MICROS, B, 3, 8, 8), dtype=np.uint8),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,34 @@ def test_a_phase_that_takes_too_long_ends_the_process_and_what_lies_between_step
     assert "ended" not in said and "Timeout" not in errors, "the last resort was not needed"
     assert "SCRIPT" not in said and "<string>" in (tmp_path / "hangs/rank_0.txt").read_text()
     assert watchdog.verdict_of(tmp_path) == said.strip()
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from nc_dist.watchdog import watching
+
+with watching(Path(sys.argv[1]), 0, 1, 2, print) as at:
+    at(1, "reading")
+    print("reading", flush=True)
+    for _ in range(30):
+        time.sleep(0.05)
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_itself_stopped_for_a_while_is_not_one_that_hangs(tmp_path: Path) -> None:
+    """Suspended machines, debuggers: the phase takes 1.5 s of its own time, 4.5 s of everybody's; 2 s are a hang."""
+    command = [sys.executable, "-c", SUSPENDED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_env()) as process:
+        assert process.stdout and process.stdout.readline() == "reading\n"
+        time.sleep(0.7)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.readline() == "ended\n" and process.wait(10) == 0
+    assert not (tmp_path / "hangs").exists()
 
 
 def test_another_rank_s_report_makes_this_one_report_and_it_goes_on(
