@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nc_dist import moments_file
-from nc_dist.layer_figure import layer_figure
+from nc_dist.figures.layers import layer_figure
 
 MOMENTS = "moments.safetensors"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from nc_dist.config import PretrainRun
-from nc_dist.gpus import recognised
 from nc_dist.loop import Step
-from nc_dist.model_cost import model_cost
-from nc_dist.plan_time import mfu
+from nc_dist.plan.gpus import recognised
+from nc_dist.plan.model_cost import model_cost
+from nc_dist.plan.time import mfu
 from nc_dist.world import World
 
 

@@ -20,7 +20,7 @@ from nc_dist.loop import NOT_WATCHED, At, Step, every, train_steps
 from nc_dist.model import Model
 from nc_dist.objective import Objective
 from nc_dist.perf import Perf, perf_of
-from nc_dist.plan_time import intervals
+from nc_dist.plan.time import intervals
 from nc_dist.profiling import profiled, steps_of
 from nc_dist.skipped import Skipped
 from nc_dist.source_model import NO_SCORE, Measures, finish, hparams

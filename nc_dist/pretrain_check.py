@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nc_dist import pretrained
+from nc_dist import initial_weights
 from nc_dist.checkpoint.checks import check_checkpoints
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import Opened, open_set
@@ -22,8 +22,8 @@ from nc_dist.errors import InputError
 from nc_dist.heads import CosineClassifier
 from nc_dist.losses import Loss
 from nc_dist.model import ModelSpec, check_input
-from nc_dist.model_cost import model_size
 from nc_dist.plan import Cluster, notes, training_plan
+from nc_dist.plan.model_cost import model_size
 from nc_dist.pretrain_plan import checkpoint_size, cluster_plan
 from nc_dist.profiling import steps_of
 from nc_dist.source_set import SourceSet, logit_classes, open_source_set, shards_to_read
@@ -61,7 +61,9 @@ def check(run: PretrainRun, world_size: int, cluster: Cluster | None = None) -> 
     if cluster is None or cluster.world is None:  # the disk of a cluster that one does not have is not here
         plan |= check_checkpoints(run, data, checkpoint_size(run, size))
     if run.model.backbone.weights is not None:
-        plan["weights"] = "those of the checkpoint" if "begins at" in plan else pretrained.report(run.model.backbone)
+        plan["weights"] = (
+            "those of the checkpoint" if "begins at" in plan else initial_weights.report(run.model.backbone)
+        )
     sets = {"train": data.about} | ({"test": test.about()} if test else {})
     plan |= {**shards_to_read(data, world_size), **notes(sets)}
     if cluster is not None:

@@ -1,6 +1,6 @@
 """What a pre-training run would take of a cluster, whether one has it or not: for --dry-run.
 
-Memory, traffic, work, time and disk are arithmetic (plan_*.py) on what the model takes (model_cost.py).
+Memory, traffic, work, time and disk are the arithmetic of `plan` on what the model takes (plan/model_cost.py).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 
 from nc_dist.checkpoint import retention_of
 from nc_dist.config import PretrainRun
-from nc_dist.engine_memory import every_stage, memory_of, stage_of
-from nc_dist.gpus import Gpu, gpu, recognised
-from nc_dist.model_cost import ModelCost, ModelSize, element_size, model_cost, optimizer_bytes
 from nc_dist.objective import any_coupled
 from nc_dist.plan import Cluster, as_bytes, as_flops
-from nc_dist.plan_memory import DDP_BUCKETS, checkpoint_bytes, checkpoints_kept, export_bytes
-from nc_dist.plan_time import ATTENTION_MFU, CONVOLUTION_MFU, Work, gpu_hours, intervals, steps_with, work
-from nc_dist.plan_traffic import sent_in_a_step
+from nc_dist.plan.engines import every_stage, memory_of, stage_of
+from nc_dist.plan.gpus import Gpu, gpu, recognised
+from nc_dist.plan.memory import DDP_BUCKETS, checkpoint_bytes, checkpoints_kept, export_bytes
+from nc_dist.plan.model_cost import ModelCost, ModelSize, element_size, model_cost, optimizer_bytes
+from nc_dist.plan.time import ATTENTION_MFU, CONVOLUTION_MFU, Work, gpu_hours, intervals, steps_with, work
+from nc_dist.plan.traffic import sent_in_a_step
 from nc_dist.source_set import SourceSet, logit_classes
 
 SCALAR_BYTES = 110  # of one number in metrics.jsonl and TensorBoard's file together, measured on small runs

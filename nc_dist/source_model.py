@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nc_dist.checkpoint.together import on_all
+from nc_dist.checkpoint.shared_faults import on_all
 from nc_dist.collapse import Collapse, collapse
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
@@ -21,10 +21,10 @@ from nc_dist.data.subset import per_class
 from nc_dist.engine import Engine
 from nc_dist.errors import Diverged
 from nc_dist.features import Observe, Probe, forwarded, gathered_features, passes_over
+from nc_dist.initial_weights import noted
 from nc_dist.model import classifier_of, export
 from nc_dist.nc import NotFinite
 from nc_dist.nc.metrics import LIVE
-from nc_dist.pretrained import noted
 from nc_dist.probe import fit
 from nc_dist.skipped import FILE
 from nc_dist.source_set import SourceSet

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nc_dist import checkpoint, pretrained
+from nc_dist import checkpoint, initial_weights
 from nc_dist.config import PretrainRun
 from nc_dist.engine import Engine
 from nc_dist.engine.make import make_engine
@@ -33,7 +33,7 @@ def begin(run: PretrainRun, data: SourceSet, model: Model, world: World) -> tupl
     # 1 this run's newest checkpoint, 2 that of run.resume, 3 weights that the backbone's spec names, 4 scratch.
     newest = checkpoint.on_first(world, lambda: checkpoint.resume_from(run, data))
     if newest is None:
-        pretrained.start_from(run.model.backbone, model.backbone, Path(run.out), world.rank == 0)
+        initial_weights.start_from(run.model.backbone, model.backbone, Path(run.out), world.rank == 0)
     engine = make_engine(model, run.engine, run.optim, (run.batch.global_, run.batch.micro), world, run.ema)
     if newest is None:
         return engine, Progress()

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nc_dist.gram_figure import gram_figure
+from nc_dist.figures.gram import gram_figure
 from nc_dist.world import World
 
 FILE = "metrics.jsonl"

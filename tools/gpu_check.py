@@ -39,14 +39,14 @@ from nc_dist.data.source import open_folder
 from nc_dist.data.stream import Batch, train_steps_data
 from nc_dist.engine import DeepSpeedSpec, TorchSpec
 from nc_dist.engine.make import make_engine
-from nc_dist.engine_memory import memory_of
-from nc_dist.gpus import recognised
 from nc_dist.loop import train_steps
 from nc_dist.losses import CrossEntropy
 from nc_dist.model import Model, ModelSpec
-from nc_dist.model_cost import model_cost
 from nc_dist.objective import Objective
 from nc_dist.optim import SGD, AdamW, Schedule
+from nc_dist.plan.engines import memory_of
+from nc_dist.plan.gpus import recognised
+from nc_dist.plan.model_cost import model_cost
 from nc_dist.world import World, joined_world
 
 CLASSES, GIB = 1000, 2**30

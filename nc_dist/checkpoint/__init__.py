@@ -1,10 +1,10 @@
 """Checkpoints: saved by all ranks in two phases, verified by hash, kept by rule, copied to a URL, gone on from."""
 
-from nc_dist.checkpoint.beginning import CHECKPOINTS, own_newest, resume_from, retention_of, state_of
 from nc_dist.checkpoint.manifest import MANIFEST, latest, step_of, verify
+from nc_dist.checkpoint.resume import CHECKPOINTS, own_newest, resume_from, retention_of, state_of
 from nc_dist.checkpoint.retention import Retention
 from nc_dist.checkpoint.saving import SaveFailed, save
-from nc_dist.checkpoint.together import on_first
+from nc_dist.checkpoint.shared_faults import on_first
 from nc_dist.checkpoint.upload import Uploads
 
 __all__ = [

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nc_dist.checkpoint.beginning import CHECKPOINTS, check_given
+from nc_dist.checkpoint.resume import CHECKPOINTS, check_given
 from nc_dist.config import PretrainRun
 from nc_dist.errors import InputError
 from nc_dist.plan import as_bytes

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from nc_dist.checkpoint.manifest import MANIFEST, STEP, latest
 from nc_dist.checkpoint.retention import BEST, LAST, PARTIAL, Retention, link, prune
-from nc_dist.checkpoint.together import Faults, on_all
+from nc_dist.checkpoint.shared_faults import Faults, on_all
 from nc_dist.engine import Engine
 from nc_dist.identity import hash_file
 from nc_dist.world import World

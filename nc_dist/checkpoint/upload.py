@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from nc_dist.checkpoint.manifest import MANIFEST, STEP, checkpoints_in, is_step, read_manifest, step_of, verify
 from nc_dist.checkpoint.places import Place
 from nc_dist.checkpoint.retention import BEST, LAST, PARTIAL, Retention, link, linked_step
-from nc_dist.checkpoint.together import on_first
+from nc_dist.checkpoint.shared_faults import on_first
 from nc_dist.errors import InputError
 from nc_dist.world import World
 

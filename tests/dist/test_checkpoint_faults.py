@@ -12,7 +12,7 @@ from processes import SMALL, run_ranks
 
 from nc_dist import checkpoint
 from nc_dist.checkpoint.manifest import read_manifest
-from nc_dist.checkpoint.together import Faults
+from nc_dist.checkpoint.shared_faults import Faults
 from nc_dist.config import PretrainRun
 from nc_dist.engine import DeepSpeedSpec, TorchSpec
 from nc_dist.engine.make import make_engine

@@ -23,10 +23,10 @@ from nc_dist.data.augment import InputSpec
 from nc_dist.engine import DeepSpeedSpec, TorchSpec, deepspeed_json
 from nc_dist.engine.make import make_engine
 from nc_dist.model import Model, ModelSpec
-from nc_dist.model_cost import model_cost, optimizer_bytes
+from nc_dist.plan.model_cost import model_cost, optimizer_bytes
 from nc_dist.optim import SGD
-from nc_dist.plan_memory import DDP_BUCKETS, Stage, ZeroSettings, held_in_zero3, partition, states, zero_settings
-from nc_dist.plan_traffic import collectives, ring_bytes
+from nc_dist.plan.memory import DDP_BUCKETS, Stage, ZeroSettings, held_in_zero3, partition, states, zero_settings
+from nc_dist.plan.traffic import collectives, ring_bytes
 from nc_dist.world import World
 from nc_dist.engine.zero_state import masters
 

@@ -9,8 +9,8 @@ import pytest
 
 from nc_dist import checkpoint
 from nc_dist.checkpoint import Uploads, resume_from, upload
-from nc_dist.checkpoint.beginning import check_given, retention_of, state_of
 from nc_dist.checkpoint.checks import check_checkpoints, check_disk, free_bytes
+from nc_dist.checkpoint.resume import check_given, retention_of, state_of
 from nc_dist.config import PretrainRun
 from nc_dist.errors import InputError
 from nc_dist.run_folder import FRESH, check_same, prepare

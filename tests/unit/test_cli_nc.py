@@ -174,7 +174,7 @@ def test_a_value_in_one_file_only_has_no_difference_and_its_reason_is_told(a: Pa
 
 
 def test_a_ratio_to_zero_is_none() -> None:
-    from nc_dist.cli_nc import compare
+    from nc_dist.cli.nc import compare
 
     sizes = {"K": 2, "d": 3, "K_empty": 0, "N": 9, "n_min": 4, "n_max": 5, "reasons": {}, "warnings": []}
     pair = compare({"p": {**sizes, "nc1": 0.0}}, {"p": {**sizes, "nc1": 2.0}})["places"]["p"]["metrics"]["nc1"]

@@ -16,8 +16,8 @@ from nc_dist.backbones import SmallResNetSpec
 from nc_dist.data.augment import InputSpec
 from nc_dist.heads import ETFClassifier, MLPHead
 from nc_dist.model import Model, ModelSpec
-from nc_dist.model_cost import model_cost, optimizer_bytes
 from nc_dist.optim import LARS, SGD, AdamW
+from nc_dist.plan.model_cost import model_cost, optimizer_bytes
 
 SMALL, INPUT, IMAGES = ModelSpec(backbone=SmallResNetSpec(name="resnet8", width=8)), InputSpec(size=16), 6
 

@@ -9,9 +9,9 @@ import torch
 from processes import SMALL
 
 from nc_dist.config import PretrainRun
-from nc_dist.gpus import gpu
 from nc_dist.loop import Step
 from nc_dist.perf import Perf, perf_of
+from nc_dist.plan.gpus import gpu
 from nc_dist.spec import load
 from nc_dist.world import World
 

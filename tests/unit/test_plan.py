@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from nc_dist.data.order import Order
 from nc_dist.errors import InputError
-from nc_dist.gpus import GPUS, gpu, recognised
 from nc_dist.plan import Cluster, as_bytes, show, training_plan
-from nc_dist.plan_memory import (
+from nc_dist.plan.gpus import GPUS, gpu, recognised
+from nc_dist.plan.memory import (
     DDP_BUCKETS,
     Stage,
     ZeroSettings,
@@ -20,8 +20,8 @@ from nc_dist.plan_memory import (
     states,
     zero_settings,
 )
-from nc_dist.plan_time import gpu_hours, intervals, mfu, steps_with, work
-from nc_dist.plan_traffic import collectives, ring_bytes, sent_in_a_step
+from nc_dist.plan.time import gpu_hours, intervals, mfu, steps_with, work
+from nc_dist.plan.traffic import collectives, ring_bytes, sent_in_a_step
 
 ADAM, MOMENTUM = 8, 4  # bytes of state a parameter
 NUMELS = (1000, 500_000, 3, 70_000)

@@ -12,11 +12,11 @@ from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import entry, is_described, name_and_split, published
 from nc_dist.data.order import check_world
 from nc_dist.errors import BAD_INPUT, DONE, InputError
-from nc_dist.gpus import gpu
 from nc_dist.launch.start import start
 from nc_dist.model import Model, check_input
-from nc_dist.model_cost import ModelSize, model_cost
 from nc_dist.plan import Cluster
+from nc_dist.plan.gpus import gpu
+from nc_dist.plan.model_cost import ModelSize, model_cost
 from nc_dist.pretrain_plan import checkpoint_size, cluster_plan, disk_lines, measured_at, work_of
 from nc_dist.source_set import logit_classes, open_source_set
 from nc_dist.spec import load

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nc_dist.report import collect, write_report
-from nc_dist.report_html import DASH, Point, short, spread
-from nc_dist.report_tables import correlation
+from nc_dist.report.html import DASH, Point, short, spread
+from nc_dist.report.tables import correlation
 
 METHODS = {"linear_probe": 0.05, "scl_ft": 6.5, "full": 100.0}
 CHROMIUM = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]

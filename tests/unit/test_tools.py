@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from nc_dist.model_cost import model_cost
+from nc_dist.plan.model_cost import model_cost
 from nc_dist.world import World
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

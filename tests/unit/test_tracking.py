@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
-from nc_dist.gram_figure import MOST, gram_figure, shown_classes
+from nc_dist.figures.gram import MOST, gram_figure, shown_classes
 from nc_dist.tracking import FILE, HPARAMS, OUTCOMES, Tracker, cut_back, flat_nc
 from nc_dist.world import World
 

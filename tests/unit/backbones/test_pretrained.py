@@ -17,8 +17,8 @@ from nc_dist.backbones import BackboneSpec, SmallResNetSpec, TimmSpec, Torchvisi
 from nc_dist.data.augment import InputSpec
 from nc_dist.errors import InputError
 from nc_dist.heads import MLPHead
+from nc_dist.initial_weights import noted, report, start_from
 from nc_dist.model import Model, ModelSpec, export
-from nc_dist.pretrained import noted, report, start_from
 from nc_dist.weights import weights_identity
 
 SMALL: dict[str, Any] = {"name": "resnet8", "width": 2}

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that a run is planned for, whether one has it or not. `gpu` as in gpus.py, None: this machine's."""
+    """A cluster that a run is planned for, whether one has it or not. `gpu` as in gpus.py here, None: its own."""
 
     nodes: int = 1
     gpus_per_node: int | None = None  # None: as many processes as the run would have here

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from nc_dist.plan_memory import Stage, ZeroSettings, partition
+from nc_dist.plan.memory import Stage, ZeroSettings, partition
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 

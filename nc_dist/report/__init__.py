@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nc_dist.errors import InputError
-from nc_dist.report_html import render_html, render_markdown
-from nc_dist.report_tables import Row, build_sections
+from nc_dist.report.html import render_html, render_markdown
+from nc_dist.report.tables import Row, build_sections
 
 KEYS = ["trial", "variant", "dataset", "method", "seed", "shots", "metric", "accuracy"]
 JSONL = [*KEYS, "nc1_source", "nc1_downstream", "trainable_percent", "seconds"]

@@ -1,6 +1,6 @@
 """How a report looks: numbers as text, figures as SVG, sections as one HTML page or as Markdown.
 
-`report_tables` builds the sections, `report` writes the pages. Nothing here knows what a run is.
+`tables` builds the sections, `report` writes the pages. Nothing here knows what a run is.
 """
 
 import base64

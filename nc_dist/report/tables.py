@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nc_dist.report_html import DASH, Point, Section, Table, bars, is_number, percent, same, scatter, short, spread
+from nc_dist.report.html import DASH, Point, Section, Table, bars, is_number, percent, same, scatter, short, spread
 
 Row = dict[str, Any]
 Cells = dict[tuple[str, str, str], dict[str, float]]  # (target, variant, method) -> seed -> value

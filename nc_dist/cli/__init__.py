@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 from nc_dist import user_code
-from nc_dist.cli_checkpoint import checkpoint_app
-from nc_dist.cli_nc import nc_app
-from nc_dist.cli_shards import shards_app
+from nc_dist.cli.checkpoint import checkpoint_app
+from nc_dist.cli.nc import nc_app
+from nc_dist.cli.shards import shards_app
 from nc_dist.errors import BAD_INPUT
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from nc_dist.engine import DeepSpeedSpec, TorchSpec, deepspeed_json
-from nc_dist.model_cost import ModelCost, element_size, optimizer_bytes
 from nc_dist.optim import OptimSpec
-from nc_dist.plan_memory import DDP_BUCKETS, Stage, States, ZeroSettings, states, zero_settings
+from nc_dist.plan.memory import DDP_BUCKETS, Stage, States, ZeroSettings, states, zero_settings
+from nc_dist.plan.model_cost import ModelCost, element_size, optimizer_bytes
 
 
 class Memory(NamedTuple):

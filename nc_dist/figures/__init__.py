@@ -1,0 +1,1 @@
+"""Figures of measurements, drawn with matplotlib where it is installed."""
