@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nc_dist.class_means import show_class_means
 from nc_dist.config import PretrainRun
 from nc_dist.data.damage import BadSamples
 from nc_dist.data.order import check_world
@@ -23,7 +22,8 @@ from nc_dist.perf import Perf, perf_of
 from nc_dist.plan.time import intervals
 from nc_dist.profiling import profiled, steps_of
 from nc_dist.skipped import Skipped
-from nc_dist.source_model import NO_SCORE, Measures, finish, hparams
+from nc_dist.source_model import finish, hparams
+from nc_dist.source_probes import NO_SCORE, Measures
 from nc_dist.source_saves import Saves, begin
 from nc_dist.source_set import SourceSet, batches, logit_classes, open_source_set
 from nc_dist.tracking import Tracker
@@ -68,7 +68,7 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool], at: At = 
         if every(run.log_every, step.number) or last:
             tracker.scalars(step.number, scalars(run, data, step, skipped, perf), **about(data, step))
         if every(measure_every, step.number) or due:
-            score = measures.take(step.number)
+            score = measures.take(step.number, draw=due and not last)
         if due or asked:
             saves.save(step.number, score, skipped.count)
         if asked:
@@ -76,9 +76,9 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool], at: At = 
             tracker.close()
             raise Preempted(step.number)
 
-    result = finish(run, data, engine, world, *measures.newest(), bad)
+    result = finish(run, data, engine, world, measures.newest(), bad)
     result |= {"skipped_steps": skipped.count} | saves.close() | {"seconds": saves.seconds()}
-    show_class_means(run, data, engine, world, bad, tracker)
+    measures.show_class_means(data.steps, projector=True)
     tracker.hparams(hparams(run), {**result, "accuracy": result["source_accuracy"]})
     tracker.close()
     return result

@@ -1,10 +1,7 @@
-"""What is found out about a source model, while it trains and at its end: NC of its probes, its source accuracy, its
-export. For `pretrain`.
-"""
+"""What is found out about a source model at its end: its source accuracy, the result, its exports. For `pretrain`."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,105 +9,21 @@ import numpy as np
 import torch
 
 from nc_dist.checkpoint.shared_faults import on_all
-from nc_dist.collapse import Collapse, collapse
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
 from nc_dist.data.damage import BadSamples
 from nc_dist.data.stream import eval_batches
 from nc_dist.data.subset import per_class
 from nc_dist.engine import Engine
-from nc_dist.errors import Diverged
-from nc_dist.features import Observe, Probe, forwarded, gathered_features, passes_over
+from nc_dist.features import forwarded, gathered_features
 from nc_dist.initial_weights import noted
-from nc_dist.model import classifier_of, export
-from nc_dist.nc import NotFinite
-from nc_dist.nc.metrics import LIVE
+from nc_dist.model import export
 from nc_dist.probe import fit
-from nc_dist.skipped import FILE
+from nc_dist.source_probes import Measured, forward_of
 from nc_dist.source_set import SourceSet
-from nc_dist.tracking import Tracker, flat_probes, nc_warnings
 from nc_dist.world import World
 
-NO_SCORE = -1.0
 SOURCE_PROBE_L2 = (1e-4, 1e-3, 1e-2, 1e-1)
-
-
-def measure_probes(run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad: BadSamples) -> dict[str, Any]:
-    """NC of the train and the held-out probe, before and after the head: {train: {before: {...}, acc1: ..}, heldout}.
-
-    Held-out NC, its values about the training means, and validation accuracy share one forward.
-    """
-    with engine.gathered() as model:
-        classifier = classifier_of(model)
-    headless, dtype = engine.module.headless, engine.input_dtype
-    forward: Observe = lambda x: (engine.eval_forward(x), {})  # noqa: E731
-    found: dict[str, Collapse] = {}
-    for name, positions in (("train", data.train), ("heldout", data.heldout)):
-        if len(positions):
-            chosen = per_class(data.source.labels, run.probe.per_class, run.seed, positions)
-            probe = Probe(data.source, chosen, run.seed)
-            found[name] = collapse(
-                passes_over(probe, forward, run.input, dtype, run.probe.batch, world, run.data.workers, headless, bad),
-                probe,
-                world,
-                {"after": classifier} if classifier else {},
-                only=LIVE,
-                reference=found["train"].moments if name == "heldout" else None,
-            )
-    return {name: collapsed.by_place(headless) for name, collapsed in found.items()}
-
-
-class Measures:
-    """The probes' NC while a run trains: measured when asked, written down, and what of the time that takes."""
-
-    def __init__(
-        self, run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad: BadSamples, tracker: Tracker
-    ) -> None:
-        self._of, self._tracker = (run, data, engine, world, bad), tracker
-        self._began, self._seconds = time.time(), 0.0
-        self._newest: tuple[dict[str, Any], dict[str, Any]] | None = None
-
-    def take(self, step: int) -> float:
-        """Measure and write; the score by which checkpoints are compared. Every rank calls it."""
-        asked = time.time()
-        nc, averaged = self._newest = measure(*self._of)
-        self._seconds += time.time() - asked
-        share = {"perf/measure_frac": self._seconds / (time.time() - self._began)} if step else {}
-        self._tracker.scalars(step, flat_probes(nc) | ema_scalars(averaged) | share, **nc_warnings(nc))
-        return score_of(nc)
-
-    def newest(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What was measured last, now where nothing was: of the weights, and of the averaged ones."""
-        return self._newest or measure(*self._of)
-
-
-def measure(
-    run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad: BadSamples
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """NC of the probes with the weights, and with the averaged ones ({} where the run keeps none).
-
-    Diverged, on every rank, where the features are not finite: no step can mend that.
-    """
-    try:
-        nc = measure_probes(run, data, engine, world, bad)
-        if run.ema is None:
-            return nc, {}
-        with engine.averaged():
-            return nc, measure_probes(run, data, engine, world, bad)
-    except NotFinite as error:
-        raise Diverged(f"{error}. Steps that were skipped before are in {Path(run.out) / FILE}, if any") from None
-
-
-def ema_scalars(nc: dict[str, Any]) -> dict[str, float | None]:
-    """What was measured of the averaged weights, as val/ema_acc1, nc/ema_train_before/nc1 and so on."""
-    return {name.replace("/", "/ema_", 1): value for name, value in flat_probes(nc).items()}
-
-
-def score_of(nc: dict[str, Any]) -> float:
-    """What chooses the best checkpoint: held-out accuracy, that of the nearest class centre without a classifier."""
-    heldout = nc.get("heldout", {})
-    score = heldout.get("acc1", heldout.get("before", {}).get("ncc_acc1"))
-    return NO_SCORE if score is None else float(score)
 
 
 def finish(
@@ -118,16 +31,15 @@ def finish(
     data: SourceSet,
     engine: Engine,
     world: World,
-    nc: dict[str, Any],
-    nc_ema: dict[str, Any],
+    measured: Measured,
     bad: BadSamples,
 ) -> dict[str, Any]:
     """Export the model, find the source accuracy, put the result together."""
-    found = found_out(run, data, engine, world, nc, bad)
+    found = found_out(run, data, engine, world, measured.nc, bad)
     averaged: dict[str, Any] = {}
     if run.ema is not None:
         with engine.averaged():
-            averaged = found_out(run, data, engine, world, nc_ema, bad)
+            averaged = found_out(run, data, engine, world, measured.nc_ema, bad)
         found["ema"] = averaged
     export_all(Path(run.out), run, data, engine, world, found["nc1_source"], averaged.get("nc1_source"))
     world.barrier()
@@ -203,7 +115,7 @@ def source_accuracy(
     parts = []
     for source, positions in ((data.source, chosen), (test, np.arange(len(test.labels)))):
         loaded = eval_batches(source, positions, run.input, run.probe.batch, world, run.data.workers, bad)
-        seen = forwarded(lambda x: (engine.eval_forward(x), {}), loaded, run.input, engine.input_dtype)
+        seen = forwarded(forward_of(engine), loaded, run.input, engine.input_dtype)
         feats, labels = gathered_features(seen, "before")
         parts.append(world.collect((feats.cpu(), labels.cpu())))
     if world.rank != 0:
@@ -227,6 +139,7 @@ def hparams(run: PretrainRun) -> dict[str, Any]:
         "dataset": run.data.train,
         "loss": run.loss.kind,
         "head": run.model.head.kind,
+        "classifier": run.model.classifier.kind,
         "backbone": run.model.backbone.name,
         "lr": run.optim.lr,
         "weight_decay": run.optim.weight_decay,

@@ -12,7 +12,8 @@ from nc_dist.config import PretrainRun
 from nc_dist.engine import Engine
 from nc_dist.engine.make import make_engine
 from nc_dist.model import Model
-from nc_dist.source_model import NO_SCORE, export_all
+from nc_dist.source_model import export_all
+from nc_dist.source_probes import NO_SCORE
 from nc_dist.source_set import SourceSet
 from nc_dist.world import World
 

@@ -25,6 +25,7 @@ HPARAMS = (
     "method",
     "loss",
     "head",
+    "classifier",
     "backbone",
     "lr",
     "weight_decay",
@@ -88,11 +89,13 @@ class Tracker:
         }
         self._board.add_hparams(settings, results, run_name=".")
 
-    def class_means(self, step: int, centred_PD: Tensor, names: Sequence[str]) -> None:
-        """Class means minus the global mean: the figure nc/gram, and the projector, where each point has its name."""
+    def class_means(self, step: int, centred_PD: Tensor, names: Sequence[str], projector: bool) -> None:
+        """Class means minus the global mean: the figure nc/gram, and in the projector points with their names."""
         if self._board is None:
             return
         self._board.add_figure("nc/gram", gram_figure(centred_PD), step)
+        if not projector:
+            return
         plain = [" ".join(name.split()) or "-" for name in names]  # a table of one line a class, without a heading
         self._board.add_embedding(centred_PD.float(), metadata=plain, global_step=step, tag="class_means")
 

@@ -66,7 +66,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, World(rank=1, size=2))
     tracker.scalars(1, {"a": 1})
     tracker.custom_page()
-    tracker.class_means(1, class_means_of(3), ["a", "b", "c"])
+    tracker.class_means(1, class_means_of(3), ["a", "b", "c"], projector=True)
     tracker.hparams({}, {})
     tracker.close()
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,7 @@ def class_means_of(num_classes: int, dim: int = 5) -> torch.Tensor:
 
 def test_class_means_are_an_image_and_points_with_names_in_the_projector(tmp_path: Path) -> None:
     tracker, means = Tracker(tmp_path, World()), class_means_of(4)
-    tracker.class_means(7, means, ["a", "two words", "tab\there", ""])
+    tracker.class_means(7, means, ["a", "two words", "tab\there", ""], projector=True)
     tracker.close()
     events = board(tmp_path)
     (image,) = events.Images("nc/gram")
