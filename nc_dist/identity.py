@@ -10,7 +10,7 @@ from typing import Any
 # What a run is does not depend on where it is written, on how many processes share it or how they start, on what they
 # keep or log, or on how many damaged samples would be tolerated.
 PLACEMENT_KEYS = frozenset(
-    {"out", "launch", "workers", "log_every", "shard_cache_gb", "bad_samples", "log_samples"}
+    {"out", "launch", "workers", "log_every", "shard_cache_gb", "bad_samples", "download", "log_samples"}
     | {"keep", "keep_epochs", "upload", "max_skipped", "profile"}
 )
 

@@ -22,6 +22,7 @@ from nc_dist.source_set import SourceSet, logit_classes
 
 SCALAR_BYTES = 110  # of one number in metrics.jsonl and TensorBoard's file together, measured on small runs
 SCALARS_A_STEP, SCALARS_A_MEASURE = 14, 160  # twice the latter with averaged weights
+FIGURE_BYTES = 40_000  # of the class means, at each checkpoint
 
 
 def cluster_plan(run: PretrainRun, data: SourceSet, cluster: Cluster, world: int, tested: int = 0) -> dict[str, str]:
@@ -153,6 +154,7 @@ def disk_lines(run: PretrainRun, data: SourceSet, size: ModelSize) -> dict[str, 
     one = checkpoint_size(run, size)
     kept = checkpoints_kept(sorted(saves), run.keep, sorted(retention_of(run, data).chosen))
     curves = (len(measures) * SCALARS_A_MEASURE + data.steps // run.log_every * SCALARS_A_STEP) * SCALAR_BYTES
+    curves += len(saves) * FIGURE_BYTES
     export = export_bytes(size.parameters, size.buffers, element_size(run.engine.precision)) * (2 if run.ema else 1)
     return {
         "disk": f"{as_bytes(kept * one + export + curves)}: {kept} checkpoints of {as_bytes(one)} at most at a time, "

@@ -17,6 +17,7 @@ class Reading(Spec):
     decoder: Decoder | None = None  # null: the model's own, else torchvision; fast: simplejpeg and OpenCV, extra `fast`
     bad_samples: int = Field(0, ge=0)  # damaged samples that are tolerated, replaced and listed in bad_samples.jsonl
     shard_cache_gb: float | None = Field(None, gt=0)  # of remote shards on each machine's disk; null: no limit
+    download: bool = True  # sets of the catalogue that are missing here; false: they must be there
     log_samples: bool = False  # write the keys of every step to samples/rank_R.jsonl
 
     def decided(self, of_model: Decoder | None = None) -> Self:

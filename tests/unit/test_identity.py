@@ -35,7 +35,7 @@ def test_placement_does_not_change_the_hash_and_everything_else_does(tree: Tree)
             without_effect.add(name)
         block[key] = old
     launch = {f"launch.{key}" for key in ("workers", "cpus", "gpus", "retries", "hang_s")}
-    reading = {f"data.{key}" for key in ("workers", "bad_samples", "shard_cache_gb", "log_samples")}
+    reading = {f"data.{key}" for key in ("workers", "bad_samples", "shard_cache_gb", "download", "log_samples")}
     kept = {"keep", "keep_epochs", "upload", "max_skipped", "profile.steps"}
     assert without_effect == {"out", "log_every"} | kept | reading | launch
 

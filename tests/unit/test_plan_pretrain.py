@@ -9,9 +9,9 @@ import pytest
 from processes import ROOT, SMALL, rows
 
 from nc_dist.config import PretrainRun
-from nc_dist.data.catalog import entry, is_described, name_and_split, published
+from nc_dist.data.catalog import entry, is_described, name_and_split
 from nc_dist.data.order import check_world
-from nc_dist.errors import BAD_INPUT, DONE, InputError
+from nc_dist.errors import BAD_INPUT, DONE
 from nc_dist.launch.start import start
 from nc_dist.model import Model, check_input
 from nc_dist.plan import Cluster
@@ -117,8 +117,7 @@ def test_measures_and_disk_of_a_real_run_are_those_of_its_plan(finished_run: Pat
     newest = max((finished_run / "checkpoints").glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
     # Names and headers weigh in with so small a net.
     assert one <= held(newest) <= 1.25 * one and export <= held(finished_run / "export") <= 1.25 * export
-    figure = 40_000
-    assert 0.7 * curves <= held(finished_run / "tb") + held(finished_run / "metrics.jsonl") <= 1.3 * curves + figure
+    assert 0.7 * curves <= held(finished_run / "tb") + held(finished_run / "metrics.jsonl") <= 1.3 * curves
     assert size(line) >= held(finished_run / "checkpoints")
 
 
@@ -221,12 +220,9 @@ def test_nc_is_measured_at_chosen_epochs_too() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_the_model_of_every_run_file_takes_its_input_and_fits_the_hardware_that_it_names(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*args: object) -> None:
-        raise InputError("nothing is downloaded for this test")
-
-    monkeypatch.setattr(published, "open_set", refuse)
+    monkeypatch.setenv("NC_DIST_DATA", str(tmp_path))
     run = load(PretrainRun, path)
     name, _ = name_and_split(run.data.train)
     if not is_described(name) or "train" not in entry(name).samples:

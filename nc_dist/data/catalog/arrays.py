@@ -47,7 +47,7 @@ class ArraysReader(Spec):
 
     def open(self, part: str, title: str, reading: Reading) -> ArraySource:
         """InputError when it cannot be had here, or is damaged."""
-        images, labels = self._load(part)
+        images, labels = self._load(part, reading.download)
         names = FASHION_NAMES if self.kind == "fashion_mnist" else DIGIT_NAMES
         if len(images) != len(labels) or set(np.unique(labels)) != set(range(len(names))):
             found = ", ".join(map(str, np.unique(labels)))
@@ -57,9 +57,9 @@ class ArraysReader(Spec):
             )
         return ArraySource(title, names, images, labels, reading.decoder or "torchvision")
 
-    def _load(self, part: str) -> Arrays:
+    def _load(self, part: str, download: bool) -> Arrays:
         if self.kind == "fashion_mnist":
-            return _fashion_mnist(part)
+            return _fashion_mnist(part, download)
         return _digits() if self.kind == "digits" else _mnist5k()
 
 
@@ -84,26 +84,24 @@ def _mnist5k() -> Arrays:
     return images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
 
 
-def _fashion_mnist(part: str) -> Arrays:
+def _fashion_mnist(part: str, download: bool) -> Arrays:
     prefix = "train" if part == "train" else "t10k"
-    folder = _fashion_folder()
+    folder = _fashion_folder(download)
     images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
     return images, _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int64)
 
 
-def _fashion_folder() -> Path:
-    """The folder of the four IDX files: one that is there, else a download, else Debian's package, unpacked."""
+def _fashion_folder(download: bool) -> Path:
+    """The folder of the four IDX files: one that is there, else torchvision's download or Debian's package."""
     kept = data_root() / "FashionMNIST" / "raw"
-    ways: list[Callable[[], object]] = [lambda: None, _download_fashion, _unpack_debian_fashion]
-    for way in ways:
+    downloads: list[Callable[[], object]] = [_download_fashion, _unpack_debian_fashion]
+    for way in (lambda: None, *(downloads if download else [])):
         way()
         for folder in (kept, data_root(), data_root() / DEBIAN_FASHION, Path("/") / DEBIAN_FASHION):
             if (folder / "train-images-idx3-ubyte.gz").is_file():
                 return folder
-    raise InputError(
-        f"fashion_mnist: not in {kept}, and neither torchvision's download nor Debian's package could be had; "
-        "put the four *-ubyte.gz files there"
-    )
+    could = "neither torchvision's download nor Debian's package could be had" if download else "data.download=false"
+    raise InputError(f"fashion_mnist: not in {kept}, and {could}; put the four *-ubyte.gz files there")
 
 
 def _download_fashion() -> None:

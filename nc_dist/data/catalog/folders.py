@@ -64,4 +64,4 @@ class GlyphsReader(Spec):
         """InputError when there are no fonts to be had."""
         from nc_dist.data.catalog.glyphs import open_glyphs
 
-        return replace(open_glyphs(part), decoder=reading.decoder or "torchvision")
+        return replace(open_glyphs(part, reading.download), decoder=reading.decoder or "torchvision")

@@ -49,19 +49,19 @@ class Font:
     characters: frozenset[str]
 
 
-def font_files(folder: Path) -> list[Path]:
-    """The .ttf and .otf files below a folder, sorted by path; where there is none, Debian's are put into it first.
+def font_files(folder: Path, download: bool = True) -> list[Path]:
+    """The .ttf and .otf files below a folder, sorted by path; where there is none, Debian's are put into it first,
+    if `download` allows it.
 
     InputError says where to put fonts when none can be had.
     """
-    if not _files(folder):
+    if download and not _files(folder):
         _fetch(folder)
     if files := _files(folder):
         return files
-    raise InputError(
-        f"{folder}: no fonts, and Debian's packages of them cannot be had here (with apt-get and dpkg, after "
-        "`apt-get update`); put a few hundred .ttf and .otf files there"
-    )
+    debian = "Debian's packages of them cannot be had here (with apt-get and dpkg, after `apt-get update`)"
+    could = debian if download else "data.download=false"
+    raise InputError(f"{folder}: no fonts, and {could}; put a few hundred .ttf and .otf files there")
 
 
 def read_fonts(files: Sequence[Path]) -> tuple[list[Font], Counter[str]]:

@@ -65,11 +65,11 @@ class Glyphs:
     counts: dict[str, int]  # of fonts, families and designs, and of what was left out
 
 
-def open_glyphs(split: str) -> ArraySource:
+def open_glyphs(split: str, download: bool = True) -> ArraySource:
     """`train`, `val` or `test` of the fonts in the data root; InputError when there are too few fonts to be had."""
     if split not in SPLITS:
         raise InputError(f"glyphs:{split}: no such split; drawn are {', '.join(SPLITS)}")
-    glyphs = read_glyphs(data_root() / "glyphs")
+    glyphs = read_glyphs(data_root() / "glyphs", download=download)
     chosen = glyphs.splits == SPLITS.index(split)
     return ArraySource(f"glyphs:{split}", class_names(), glyphs.images[chosen], glyphs.labels[chosen])
 
@@ -79,14 +79,14 @@ def class_names() -> list[str]:
     return [f"U+{ord(character):04X} {character}" for character in CLASSES]
 
 
-def read_glyphs(root: Path, least: Least = Least()) -> Glyphs:  # noqa: B008
+def read_glyphs(root: Path, least: Least = Least(), download: bool = True) -> Glyphs:  # noqa: B008
     """The pictures of the fonts in `root`/fonts, drawn once and kept in `root`; one process draws, others wait for it.
 
     InputError when there are too few fonts, or too few pictures of a class.
     """
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / ".lock"):
-        files = font_files(root / "fonts")
+        files = font_files(root / "fonts", download)
         kept = root / f"glyphs-{_key(files, root)}.npz"
         glyphs = _load(kept) if kept.is_file() else None
         if glyphs is None:

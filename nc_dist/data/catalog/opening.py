@@ -102,7 +102,7 @@ def _open_any(text: str, reading: Reading) -> Source:
         args = {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
     except (ValueError, yaml.YAMLError):
         raise InputError(f"{text}: after the ? expected are arguments as key=value&key=value") from None
-    return checked(as_source(construct(name, args, text), args, text, reading), text)
+    return checked(as_source(construct(name, args, text, download=reading.download), args, text, reading), text)
 
 
 def is_available(name: str) -> bool:

@@ -66,9 +66,9 @@ class NotRead(Opened):
 
 
 def open_or_published(text: str, split: str, reading: Reading) -> Opened:
-    """What `open_set` opens; where that cannot be had, the numbers of the catalogue: for plans alone."""
+    """What `open_set` opens without a download; where it is not here, the numbers of the catalogue: for plans alone."""
     try:
-        return open_set(text, split, reading)
+        return open_set(text, split, reading.model_copy(update={"download": False}))
     except InputError as error:
         name, own_split = name_and_split(text)
         if not is_described(name):

@@ -24,8 +24,9 @@ UNPICKLE = ("LSUN", "LSUNClass")
 SILENCE = 60  # seconds without a byte, after which a download has failed
 
 
-def construct(name: str, args: Args, title: str, needs: Sequence[str] = ()) -> Any:
-    """`torchvision.datasets.name(data root, **args)`, downloaded first where none of `needs` is in the data root.
+def construct(name: str, args: Args, title: str, needs: Sequence[str] = (), download: bool = True) -> Any:
+    """`torchvision.datasets.name(data root, **args)`, downloaded first where none of `needs` is in the data root
+    and `download` allows it.
 
     InputError, beginning with `title`, when it cannot be had, is incomplete or damaged.
     """
@@ -38,12 +39,13 @@ def construct(name: str, args: Args, title: str, needs: Sequence[str] = ()) -> A
     except Exception as error:  # whatever a wrong argument or a damaged file leads torchvision and scipy to
         raise InputError(f"{title}: torchvision's {name} cannot read it from {root} ({_first_line(error)})") from None
     missing = [need for need in needs if not (root / need).exists()]
-    if len(missing) == len(needs) and "download" in inspect.signature(cls).parameters:
+    if download and len(missing) == len(needs) and "download" in inspect.signature(cls).parameters:
         try:
             return _downloaded(cls, root, args)
         except Exception as error:  # no network, a server that is gone, an archive with another hash
             reason = error
     what = f"{root} lacks {', '.join(missing)}" if missing else f"torchvision's {name} cannot read it from {root}"
+    what += "" if download else ", and data.download=false"
     raise InputError(f"{title}: {what} ({_first_line(reason)}); lay the set out there as torchvision's {name} wants it")
 
 

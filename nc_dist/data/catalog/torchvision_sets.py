@@ -46,7 +46,7 @@ class TorchvisionReader(Spec):
     def open(self, part: str, title: str, reading: Reading) -> Source:
         """Downloaded where it is missing and torchvision can; InputError when it cannot be had, or is damaged."""
         needs = [need.replace("{part}", part) for need in self.needs]
-        dataset = construct(self.name, self.args[part], title, needs)
+        dataset = construct(self.name, self.args[part], title, needs, reading.download)
         return as_source(dataset, self.args[part], title, reading, self.class_names)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nc_dist.data.catalog import arrays, is_available, open_source
+from nc_dist.data.reading import Reading
 from nc_dist.data.source import ArraySource
 from nc_dist.errors import InputError
 
@@ -113,5 +114,7 @@ def test_where_fashion_mnist_cannot_be_had_the_error_says_where_to_put_it(
     monkeypatch.setattr(arrays, "_download_fashion", lambda: None)
     monkeypatch.setattr(arrays, "_unpack_debian_fashion", lambda: None)
     assert not is_available("fashion_mnist")
+    with pytest.raises(InputError, match=r"fashion_mnist: not in .*, and data.download=false; put the four"):
+        open_source("fashion_mnist", reading=Reading(download=False))
     with pytest.raises(InputError, match=r"fashion_mnist: not in .*FashionMNIST/raw.* put the four"):
         open_source("fashion_mnist")

@@ -205,7 +205,7 @@ def test_splits_are_opened_by_name_and_others_are_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch, drawn: Glyphs
 ) -> None:
     monkeypatch.setenv("NC_DIST_DATA", str(root.parent))
-    monkeypatch.setattr(glyphs.read_glyphs, "__defaults__", (FEW,))
+    monkeypatch.setattr(glyphs.read_glyphs, "__defaults__", (FEW, True))
     sources = {split: open_source(f"glyphs:{split}") for split in ("train", "val", "fit", "trainval", "test")}
     sizes = {split: len(source.labels) for split, source in sources.items()}
     assert sizes["train"] + sizes["val"] == sizes["trainval"] == len(drawn.labels) - sizes["test"]

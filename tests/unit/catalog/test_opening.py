@@ -12,6 +12,7 @@ from layouts import MAKERS, dtd, md5, picture
 
 from nc_dist.data import shards
 from nc_dist.data.catalog import is_available, name_and_split, names, open_set, open_source
+from nc_dist.data.catalog.published import open_or_published
 from nc_dist.data.catalog.torchvision_sets import DatasetSource
 from nc_dist.data.reading import Reading
 from nc_dist.data.shards.source import ShardSource
@@ -262,6 +263,15 @@ def test_a_set_of_which_a_part_is_there_is_never_downloaded(root: Path, dtd_serv
     (root / "dtd/dtd/images").mkdir(parents=True)
     with pytest.raises(InputError, match="dtd:train: .*root lacks dtd/dtd/labels .*torchvision's DTD wants it"):
         open_source("dtd:train")
+    assert dtd_server == []
+
+
+def test_nothing_is_downloaded_where_that_is_not_wanted_nor_for_a_plan_of_another_cluster(
+    root: Path, dtd_server: list[str]
+) -> None:
+    with pytest.raises(InputError, match="dtd:train: .*lacks dtd/dtd/images, dtd/dtd/labels, and data.download=false"):
+        open_source("dtd:train", reading=Reading(download=False))
+    assert len(open_or_published("dtd:train", "train", Reading()).source.labels) == 1880
     assert dtd_server == []
 
 
