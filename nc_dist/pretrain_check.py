@@ -105,6 +105,9 @@ def check_terms(run: PretrainRun) -> None:
         if term.kind in kinds:
             raise InputError(f"{term.named}: given twice, and both would be logged as one; leave one out")
         kinds.add(term.kind)
+        key, samples = ("global", run.batch.global_) if term.coupled else ("micro", run.batch.micro)
+        if samples * term.views < term.least:
+            raise InputError(f"batch.{key}={samples}: {term.named} compares at least {term.least} samples; raise it")
 
 
 def check_classifier(loss: Loss, model: ModelSpec) -> None:

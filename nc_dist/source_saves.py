@@ -39,6 +39,9 @@ def begin(run: PretrainRun, data: SourceSet, model: Model, world: World) -> tupl
     if newest is None:
         return engine, Progress()
     state = engine.load(newest)
+    world.barrier()
+    if world.rank == 0:
+        checkpoint.remove_brought(Path(run.out))
     if newest.parent != Path(run.out) / checkpoint.CHECKPOINTS:
         return engine, Progress(step=state["step"])  # the record of another run is not this one's
     return engine, Progress(**{name: state[name] for name in asdict(Progress()) if name in state})

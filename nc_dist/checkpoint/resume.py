@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def resume_from(run: PretrainRun, data: SourceSet) -> Path | None:
             f"resume={run.resume}: {given.folder_name} cannot be brought here ({error}); give the same command again, "
             "or copy it to a disk here and name that folder"
         ) from None
+
+
+def remove_brought(out: Path) -> None:
+    """Remove the copy of another run's checkpoint, once it is loaded everywhere."""
+    shutil.rmtree(out / BROUGHT, ignore_errors=True)
 
 
 def own_newest(folder: Path) -> Path | None:

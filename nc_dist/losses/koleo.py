@@ -1,6 +1,6 @@
 """An entropy of the features, by the distance of each to its nearest neighbour: what is spread out cannot collapse."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ class KoLeo(Regulariser):
     kind: Literal["koleo"] = "koleo"
     gathered: bool = True  # neighbours in the global batch; false: in the sample's own micro-batch
     epsilon: float = Field(1e-8, gt=0)
+
+    least: ClassVar[int] = 2
 
     @property
     def coupled(self) -> bool:

@@ -25,6 +25,7 @@ class SupCon(Loss):
     two_views: bool = True
     uses_logits: ClassVar[bool] = False
     soft: ClassVar[bool] = False
+    least: ClassVar[int] = 2
     paired: ClassVar[bool] = True
 
     @property

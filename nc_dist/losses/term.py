@@ -23,6 +23,7 @@ class Loss(Spec):
     uses_logits: ClassVar[bool] = True  # the model needs a classifier
     classifier: ClassVar[str | None] = None  # the kind it must be; None: any
     soft: ClassVar[bool] = True  # takes probabilities as targets, as mixup and cutmix make them
+    least: ClassVar[int] = 1  # samples without which it has no value
     paired: ClassVar[bool] = False  # the only sample of its class is left out of its mean: counted by `alone`
 
     @property

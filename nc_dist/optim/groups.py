@@ -19,7 +19,9 @@ class Optim(Spec):
 
     lr: float
     weight_decay: float = Field(ge=0)
-    decay_norm_and_bias: bool = True  # weight decay of norms and biases too, as the theory of collapse has it
+    # Weight decay of everything, as the theory of collapse has it. False: of matrices and kernels alone, not of norms,
+    # biases, tokens, position embeddings and layer scales, as recipes for transformers have it.
+    decay_norm_and_bias: bool = True
     layer_decay: float = Field(1.0, gt=0, le=1)  # each block learns by this factor slower than the next one
 
     def build(self, groups: list[Group]) -> torch.optim.Optimizer:
@@ -34,9 +36,9 @@ def parameter_groups(model: nn.Module, blocks: Sequence[str], optim: Optim) -> l
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     named = list(model.named_parameters())
-    for (_, parameter), depth in zip(named, depths([name for name, _ in named], blocks), strict=True):
+    for (name, parameter), depth in zip(named, depths([name for name, _ in named], blocks), strict=True):
         if parameter.requires_grad:
-            decayed = optim.decay_norm_and_bias or parameter.ndim > 1
+            decayed = optim.decay_norm_and_bias or (parameter.ndim > 1 and name.endswith("weight"))
             scale = optim.layer_decay ** (len(blocks) + 1 - depth)
             found.setdefault((optim.weight_decay if decayed else 0.0, scale), []).append(parameter)
     return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in found.items()]

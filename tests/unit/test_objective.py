@@ -136,12 +136,17 @@ def model(**classifier: Any) -> ModelSpec:
 def test_what_does_not_go_together_is_refused_before_a_run() -> None:
     twice = "regularisers=[{kind: koleo, weight: 1}, {kind: koleo, weight: 1, gathered: false}]"
     mixed = ["regularisers=[{kind: within_class, weight: 1}]", "data.mix.kind=mixup"]
+    one, nearest = ["batch.global=1", "batch.micro=1"], "regularisers=[{kind: koleo, weight: 1, gathered: true}]"
+    check_terms(load(PretrainRun, SMALL, [*one, "loss.kind=supcon"]))  # two views
     check_terms(load(PretrainRun, SMALL, [twice.replace("koleo", "feature_norm", 1), "data.mix.kind=mixup"]))
     for overrides, words in [
         ([twice], r"^regularisers: kind='koleo': given twice"),
         (mixed, r"^data\.mix\.kind='mixup': regularisers: kind='within_class'"),
         (["loss.kind=supcon", "data.mix.kind=mixup"], r"^data\.mix\.kind='mixup': loss\.kind='supcon'"),
         (["loss.kind=cosine_softmax"], r"^model\.classifier\.kind='linear': loss\.kind='cosine_softmax'"),
+        ([*one, "loss={kind: supcon, two_views: false}"], r"^batch\.global=1: loss\.kind='supcon'.* at least 2"),
+        ([*one, nearest], r"^batch\.global=1: regularisers: kind='koleo'"),
+        (["batch.micro=1", nearest.replace("true", "false")], r"^batch\.micro=1: regularisers: kind='koleo'"),
     ]:
         with pytest.raises(InputError, match=words):
             check_terms(load(PretrainRun, SMALL, overrides))
