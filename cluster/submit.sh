@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit one journey to a Ray cluster, from the root of a checkout. Outputs need an absolute path that all nodes share.
 #   export RAY_API_SERVER_ADDRESS=http://HEAD:8265 RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
-#   cluster/submit.sh pretrain configs/pretrain/fashion_ce.yaml data.train=/shared/fashion out=/shared/runs/ce
+#   cluster/submit.sh pretrain configs/pretrain/demo_ce.yaml data.train=/shared/fashion out=/shared/runs/ce
 # A cluster without authentication: RAY_AUTH_MODE=disabled cluster/submit.sh ...
 set -euo pipefail
 

@@ -56,7 +56,7 @@ def main() -> None:
         nc_dist("shards", "build", f"{name}:train", SHARDS / "source-train", "--per-class", 1200)
         nc_dist("shards", "build", f"{name}:test", SHARDS / "source-test", "--per-class", 200)
     for loss in ("ce", "supcon"):
-        nc_dist("pretrain", f"configs/pretrain/fashion_{loss}.yaml", "--on", "ray")
+        nc_dist("pretrain", f"configs/pretrain/demo_{loss}.yaml", "--on", "ray")
     nc_dist("sweep", "configs/sweep/demo.yaml", "--on", "ray")
     nc_dist("report", OUT)
     print(f"\n{table()}\n")

@@ -54,7 +54,7 @@ def train(out: str, loss: str, head: str, lr: float, epochs: float) -> Path:
         "measure_every": every, "save_every": 5 * every, "probe.per_class": 200, "launch.workers": 1,
     }  # fmt: skip
     given = [f"{key}={value}" for key, value in settings.items()]
-    nc_dist("pretrain", "configs/pretrain/fashion_ce.yaml", *LOSSES[loss], *HEADS[head], *given, "--on", "here")
+    nc_dist("pretrain", "configs/pretrain/demo_ce.yaml", *LOSSES[loss], *HEADS[head], *given, "--on", "here")
     return ROOT / out
 
 
