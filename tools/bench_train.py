@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Times training steps of nc_dist beside a bare PyTorch DDP loop, taking turns in one run; prints one table of ratios.
 
-    .venv/bin/python tools/bench_train.py                  # resnet20 on two CPU ranks; a quarter of an hour
+    .venv/bin/python tools/bench_train.py                  # resnet20 on two CPU ranks; half an hour
     .venv/bin/python tools/bench_train.py --quick          # whether all of it runs; the numbers say nothing
     .venv/bin/python tools/bench_train.py --only steps     # without the whole journeys
 
 First table: the bare loop and ours with each engine train equal networks in the same two processes on the same images
 in memory, a block of steps each in turn; a ratio is that of a block to the bare block of the same round and the same
 accumulation, its median over rounds stands beside the lowest and the highest. Clipping is off on all sides.
-Second table: whole journeys as a user starts them, under torchrun and on Ray, with and without the probe of NC.
+Second table: whole journeys as a user starts them, under torchrun and on Ray, data loading and logging included,
+beside the bare loop of the first table in processes of its own; and what the probe of NC adds.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from nc_dist.optim import SGD, Schedule
 from nc_dist.world import World, joined_world
 
 RANKS, CLASSES, SIZE, STEPS = 2, 10, 32, 10**6
+JOURNEYS, PROBE_EVERY = ("torch", "zero 1"), 200
 ROOT = Path(__file__).parents[1]
 ENGINES = {"torch": TorchSpec()} | {f"zero {stage}": DeepSpeedSpec(zero=stage) for stage in range(4)}
 Block = Callable[[], None]  # trains a few steps
@@ -146,43 +148,70 @@ def torchrun(*args: object) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options, *map(str, args)]
 
 
-def journey(out: Path, width: int, micro: int, steps: int, probe_every: int, ray: bool) -> float:
-    """Seconds of a step of a whole journey, measures included, its first tenth left out."""
+def bare_worker(width: int, micro: int, steps: int, out: Path) -> None:
+    """On each rank: the bare loop for itself; rank 0 writes the time after each step as a journey does."""
+    torch.set_num_threads(1)
+    with joined_world() as world:
+        block = bare(width, micro, 1, world, 1)
+        rows = []
+        for step in range(1, steps + 1):
+            block()
+            rows.append(json.dumps({"step": step, "time": time.time()}))
+        if world.rank == 0:
+            out.mkdir()
+            (out / "metrics.jsonl").write_text("\n".join(rows))
+        world.barrier()
+
+
+def journey(name: str, out: Path, width: int, micro: int, steps: int, probe_every: int) -> list[float]:
+    """Seconds from each step of a whole journey to the next."""
+    engine, _, where = name.partition(", ")
     settings = {
         "out": out, "input.size": SIZE, "model.backbone.name": "resnet20", "model.backbone.width": width,
         "batch.global": RANKS * micro, "batch.micro": micro, "data.test": "null", "log_every": 1, "save_every": STEPS,
         "epochs": steps / (1338 // (RANKS * micro)), "measure_every": probe_every, "probe.per_class": 50,
         "launch.workers": RANKS, "data.workers": 0,
     }  # fmt: skip
+    if engine.startswith("zero"):
+        settings |= {"engine.kind": "deepspeed", "engine.zero": engine.removeprefix("zero ")}
     args = ["pretrain", ROOT / "configs/pretrain/digits_ce.yaml", *(f"{k}={v}" for k, v in settings.items())]
-    command = [sys.executable, "-m", "nc_dist", *map(str, args), "--on", "ray"]
-    done = subprocess.run(
-        command if ray else torchrun("-m", "nc_dist", *args), capture_output=True, text=True, cwd=ROOT
-    )
+    command = torchrun("-m", "nc_dist", *args)
+    if where == "Ray":
+        command = [sys.executable, "-m", "nc_dist", *map(str, args), "--on", "ray"]
+    if engine == "bare DDP":
+        command = torchrun(__file__, "--bare", width, micro, steps, out)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     times = {row["step"]: row["time"] for row in rows if "time" in row}
-    first = max(1, steps // 10)
-    return (times[max(times)] - times[first]) / (max(times) - first)
+    return [times[step + 1] - times[step] for step in range(1, max(times))]
 
 
 def show_journeys(width: int, micro: int, rounds: int, steps: int, folder: Path) -> None:
-    """Pairs of journeys: without a probe, with one each 200 steps, and on Ray."""
-    every = max(2, min(200, steps // 3))
-    cases = {"torchrun": (STEPS, False), f"torchrun, probe each {every} steps": (every, False), "Ray": (STEPS, True)}
-    numbers = count()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    """Whole journeys in turn; of each what a step takes, and what a probe each PROBE_EVERY steps adds to it.
+
+    The probe comes twice, long before that many steps: its time is that of the steps after which it came, less a
+    step's.
+    """
+    cases = ["bare DDP, torchrun", *(f"{engine}, {where}" for engine in JOURNEYS for where in ("torchrun", "Ray"))]
+    numbers, every = count(), steps * 9 // 20
+    each: dict[str, list[float]] = {name: [] for name in cases}
+    probes: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
-        for name, (probe_every, ray) in cases.items():
-            seconds[name].append(journey(folder / str(next(numbers)), width, micro, steps, probe_every, ray))
-    print(f"\n| {'whole journeys, torch engine':<36} | images/s | of the first | lowest-highest |")
-    print("|---|---|---|---|")
-    for name, each in seconds.items():
-        ratios = [base / own for base, own in zip(seconds["torchrun"], each, strict=True)]
-        speed = RANKS * micro / statistics.median(each)
-        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        print(f"| {name:<36} | {speed:.0f} | {statistics.median(ratios):.3f} | {spread} |")
+        for name in cases:
+            seconds = journey(name, folder / str(next(numbers)), width, micro, steps, every)
+            step = statistics.median(seconds)
+            each[name].append(step)
+            probed = [seconds[at - 1] - step for at in (every, 2 * every)]
+            probes[name].append(statistics.mean(probed) / (PROBE_EVERY * step))
+    print(f"\n| {'whole journeys':<20} | images/s | of bare DDP | lowest-highest | probe each {PROBE_EVERY} steps |")
+    print("|---|---|---|---|---|")
+    for name in cases:
+        ratios = [base / own for base, own in zip(each[cases[0]], each[name], strict=True)]
+        speed, spread = RANKS * micro / statistics.median(each[name]), f"{min(ratios):.2f}-{max(ratios):.2f}"
+        probe = "" if name == cases[0] else f"{100 * statistics.median(probes[name]):.2f} %"
+        print(f"| {name:<20} | {speed:.0f} | {statistics.median(ratios):.3f} | {spread} | {probe} |")
 
 
 def main() -> None:
@@ -191,7 +220,10 @@ def main() -> None:
     parser.add_argument("--only", choices=["steps", "journeys"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--bare", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.bare:
+        return bare_worker(*map(int, args.bare[:3]), Path(args.bare[3]))
     width, micro, rounds, steps = (4, 16, 2, 4) if args.quick else (16, 128, args.rounds, 4)
     if args.worker:
         return steps_worker(width, micro, rounds, steps, args.worker)
@@ -206,7 +238,7 @@ def main() -> None:
             subprocess.run(torchrun(__file__, *quick, "--worker", file), check=True, cwd=ROOT)
             show_steps(json.loads(file.read_text()), micro)
         if args.only != "steps":
-            show_journeys(width, micro, rounds, 24 if args.quick else 420, Path(name))
+            show_journeys(width, micro, -(-rounds // 2), 40, Path(name))
 
 
 if __name__ == "__main__":
