@@ -18,8 +18,7 @@ from nc_dist.data.damage import BadSamples
 from nc_dist.data.source import Source
 from nc_dist.data.stream import Batch, eval_batches
 from nc_dist.data.subset import per_class, second_half
-from nc_dist.loop import full
-from nc_dist.outputs import Outputs
+from nc_dist.outputs import Outputs, full
 from nc_dist.world import World
 
 Observe = Callable[[Tensor], tuple[Outputs, dict[str, Tensor]]]

@@ -205,8 +205,8 @@ def train_method(
             export(model, partial / "export", input, data.train.class_names, about)
 
     for step in train_steps(engine, loaded, objective, world, start, stop, train_mode, at):
-        last, asked = step.number == steps, step.stop_requested()
-        if step.met_damage():
+        last, asked = step.number == steps, step.stop_requested
+        if step.met_damage:
             bad.add(data.train, step.faults(), f"step {step.number}")
         skipped.add(step, data.train)
         if every(run.log_every, step.number) or last:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,29 +39,26 @@ class Step:
     seconds: float
     data_seconds: float
     applied: bool  # False: loss or gradients were not finite, and nothing moved
+    stop_requested: bool  # whether any rank was asked to stop; the same on all of them, as is the next one
+    met_damage: bool  # whether any rank met a damaged sample
     batches: list[Batch]  # this rank's micro-batches
-    _terms: list[str]
-    _totals: Tensor  # sums over ranks, still on the device: loss, hits, labelled views, stop requests, damaged samples,
-    # then each term of the objective
+    terms: list[str]  # of the objective
+    totals: Tensor  # sums over ranks, still on the device: loss, hits, labelled views, then each term, (3 + T,)
 
     def metrics(self) -> dict[str, float]:
-        """Loss and accuracy over the global batch; reading them waits for the device."""
-        loss, hits, labelled, _, _, *parts = self._totals.tolist()
+        """Loss and accuracy over the global batch; the first reading waits for the device."""
+        loss, hits, labelled, *parts = self._read
         accuracy = {"train/acc1": hits / labelled} if labelled else {}
-        terms = {f"train/{name}": part for name, part in zip(self._terms, parts, strict=True)} if parts[1:] else {}
+        terms = {f"train/{name}": part for name, part in zip(self.terms, parts, strict=True)} if parts[1:] else {}
         return {"train/loss": loss, **accuracy, **terms, "train/lr": self.lr, "train/grad_norm": self.grad_norm}
-
-    def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all of them."""
-        return bool(self._totals[3] > 0)
-
-    def met_damage(self) -> bool:
-        """Whether any rank met a damaged sample; the same answer on all of them."""
-        return bool(self._totals[4] > 0)
 
     def faults(self) -> list[Fault]:
         """The damaged samples that this rank met."""
         return [fault for batch in self.batches for fault in batch.faults]
+
+    @cached_property
+    def _read(self) -> list[float]:
+        return self.totals.tolist()
 
 
 def every(interval: int, step: int) -> bool:
@@ -84,7 +82,7 @@ def train_steps(
     get one update a step. Random layers, mixtures and attacks draw from a seed of (seed, step, micro-batch). Where the
     loss or a gradient is not finite on any rank, weights, optimiser and running statistics stay as they were.
     """
-    batches = iter(data)
+    batches, running = iter(data), None
     for number in range(start, objective.steps):
         began = time.perf_counter()
         at(number + 1, "reading")
@@ -92,23 +90,32 @@ def train_steps(
         data_seconds = time.perf_counter() - began
         at(number + 1, "gradients")
         train_mode(engine.module)
-        inputs = _inputs(engine, micros, objective, world, number)
-        running = RunningStatistics(engine.module)
+        running = running or RunningStatistics(engine.module)
         running.begin()
-        totals = _step_gradients(engine, inputs, objective, world, running)
+        totals = _step_gradients(engine, micros, objective, world, number, running)
         at(number + 1, "update")
         lr = objective.schedule.lr(objective.peak_lr, number, objective.steps)
-        applied = engine.step(lr)
-        told = totals.new_tensor([float(stop()), float(sum(len(batch.faults) for batch in micros))])
-        everything = world.sum_(torch.cat([totals[:3], told, totals[3:], running.totals().to(totals.device)]))
-        logged = 2 + len(totals)
+        applied = engine.step(lr)  # the only wait for the device in a step
+        told = torch.tensor([float(stop()), float(sum(len(batch.faults) for batch in micros))])
+        stops, damaged = world.sum_(told).tolist()  # on the CPU, while the device works
+        everything, logged = world.sum_(torch.cat([totals, running.totals()])), len(totals)
         running.merge(everything[logged:] / objective.micro_per_step, applied)
         if applied:
             engine.average()
         at(number + 1, "between steps")
-        seconds = time.perf_counter() - began
-        norm, names = engine.grad_norm, objective.names
-        yield Step(number + 1, lr, norm, seconds, data_seconds, applied, micros, names, everything[:logged])
+        yield Step(
+            number=number + 1,
+            lr=lr,
+            grad_norm=engine.grad_norm,
+            seconds=time.perf_counter() - began,
+            data_seconds=data_seconds,
+            applied=applied,
+            stop_requested=stops > 0,
+            met_damage=damaged > 0,
+            batches=micros,
+            terms=objective.names,
+            totals=everything[:logged],
+        )
 
 
 @dataclass(frozen=True)
@@ -124,15 +131,22 @@ class Input:
         return self.mixture.targets(self.labels, outputs.logits_BK)
 
 
-def _inputs(engine: Engine, micros: list[Batch], objective: Objective, world: World, number: int) -> list[Input]:
-    """This rank's micro-batches normalised, mixed and attacked. The running statistics are those of the step before."""
-    inputs = []
-    for j, batch in enumerate(micros, world.rank * len(micros)):
-        key = int(hash_text(f"{objective.seed}/{number}/{j}"), 16)
+def _inputs(
+    engine: Engine, micros: list[Batch], objective: Objective, world: World, number: int
+) -> Callable[[int], Input]:
+    """What makes this rank's j-th micro-batch an input: normalised, mixed, attacked.
+
+    One at a time, as they are large; but attacks see the running statistics of the step before, so all come first.
+    """
+    first = world.rank * len(micros)
+
+    def made(j: int) -> Input:
+        batch, key = micros[j], int(hash_text(f"{objective.seed}/{number}/{first + j}"), 16)
         images = normalise(batch.images, objective.input, engine.input_dtype)
         mixture = objective.mix.mixed(images, np.random.default_rng(key))
-        inputs.append(_attacked(engine, Input(mixture, batch.labels.repeat(objective.loss.views), key), objective))
-    return inputs
+        return _attacked(engine, Input(mixture, batch.labels.repeat(objective.loss.views), key), objective)
+
+    return made if objective.adversary.kind == "none" else list(map(made, range(len(micros)))).__getitem__
 
 
 def _attacked(engine: Engine, input: Input, objective: Objective) -> Input:
@@ -140,7 +154,7 @@ def _attacked(engine: Engine, input: Input, objective: Objective) -> Input:
     images = input.mixture.images
 
     def loss_of(moved: Tensor) -> Tensor:
-        outputs = _full(engine.eval_forward(moved, gradients=True))
+        outputs = engine.eval_forward(moved, gradients=True).widened()
         return objective.loss(outputs, input.targets(outputs))
 
     random = torch.Generator(images.device).manual_seed(input.key % 2**63)
@@ -149,22 +163,24 @@ def _attacked(engine: Engine, input: Input, objective: Objective) -> Input:
 
 
 def _step_gradients(
-    engine: Engine, inputs: list[Input], objective: Objective, world: World, running: RunningStatistics
+    engine: Engine, micros: list[Batch], objective: Objective, world: World, number: int, running: RunningStatistics
 ) -> Tensor:
     """Backward of all micro-batches; this rank's share of (loss, hits, labelled views, each term), (3 + T,) fp64."""
+    input_of = _inputs(engine, micros, objective, world, number)
 
-    def forward(j: int) -> Outputs:
-        torch.manual_seed(inputs[j].key % 2**63)
-        return _full(engine.forward(inputs[j].mixture.images, last=j == len(inputs) - 1))
+    def forward(j: int) -> tuple[Outputs, Tensor]:
+        input = input_of(j)
+        torch.manual_seed(input.key % 2**63)
+        outputs = engine.forward(input.mixture.images, last=j == len(micros) - 1).widened()
+        return outputs, input.targets(outputs)
 
     totals = torch.zeros(3 + len(objective.names), dtype=torch.float64, device=world.device)
     # Where the global batch spans micro-batches of one rank, all outputs are needed before any backward.
-    cached = objective.coupled and len(inputs) > 1
-    gradients = _coupled_gradients(forward, inputs, objective, world, totals) if cached else None
-    for j, input in enumerate(inputs):
-        outputs = forward(j)
+    cached = objective.coupled and len(micros) > 1
+    gradients = _coupled_gradients(forward, len(micros), objective, world, totals) if cached else None
+    for j in range(len(micros)):
+        outputs, targets = forward(j)
         running.collect()
-        targets = input.targets(outputs)
         value, parts = objective.value(outputs, targets, coupled=False)
         _add(totals, value, parts, 1 / objective.micro_per_step)
         value = value * (world.size / objective.micro_per_step)
@@ -214,7 +230,7 @@ def _gathered(
 
 
 def _coupled_gradients(
-    forward: Callable[[int], Outputs], inputs: list[Input], objective: Objective, world: World, totals: Tensor
+    forward: Callable[[int], tuple[Outputs, Tensor]], micros: int, objective: Objective, world: World, totals: Tensor
 ) -> list[list[Tensor]]:
     """Gradients of the coupled terms with respect to what each local micro-batch shares (cached embeddings).
 
@@ -222,23 +238,12 @@ def _coupled_gradients(
     gradients on into the weights (Gao et al. 2021, arXiv 2101.06983).
     """
     with torch.no_grad():
-        outputs = [forward(j) for j in range(len(inputs))]
-    targets = torch.cat([input.targets(seen) for input, seen in zip(inputs, outputs, strict=True)])
-    leaves = [torch.cat(parts).requires_grad_() for parts in zip(*map(_shared, outputs), strict=True)]
-    whole = _gathered(leaves, targets, len(inputs), objective, world)
+        seen = [forward(j) for j in range(micros)]
+    targets = torch.cat([targets for _, targets in seen])
+    shared = zip(*(_shared(outputs) for outputs, _ in seen), strict=True)
+    leaves = [torch.cat(parts).requires_grad_() for parts in shared]
+    whole = _gathered(leaves, targets, micros, objective, world)
     value, parts = objective.value(*whole, coupled=True)
     gradients = torch.autograd.grad(value * _one_or_nan(value), leaves, allow_unused=True, materialize_grads=True)
     _add(totals, value, parts, 1 / world.size)
-    return [list(each) for each in zip(*(gradient.chunk(len(inputs)) for gradient in gradients), strict=True)]
-
-
-def _full(outputs: Outputs) -> Outputs:
-    """Half-precision outputs as fp32, so that no loss is computed in half precision."""
-    features, embedding, logits = outputs
-    wide = full(features)
-    return Outputs(wide, wide if embedding is features else full(embedding), None if logits is None else full(logits))
-
-
-def full(tensor: Tensor) -> Tensor:
-    """Half precision as fp32; all else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return [list(each) for each in zip(*(gradient.chunk(micros) for gradient in gradients), strict=True)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,15 @@ class Outputs(NamedTuple):
         """The logits (B, K) of a model that has a classifier."""
         assert self.logits_BK is not None, "a loss of logits was given a model without a classifier"
         return self.logits_BK
+
+    def widened(self) -> Outputs:
+        """Half precision as fp32, so that no loss is computed in half precision."""
+        features, embedding, logits = self
+        wide = full(features)
+        same = embedding is features
+        return Outputs(wide, wide if same else full(embedding), None if logits is None else full(logits))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Half precision as fp32; all else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -61,8 +61,8 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool], at: At = 
     steps = train_steps(engine, batches(run, data, world, start), objective_of(run, data), world, start, stop, at=at)
     for step in profiled(steps, steps_of(run.profile.steps, data.steps), start, out, world):
         due, last = saves.due(step.number), step.number == data.steps
-        asked, score = step.stop_requested() and not last, NO_SCORE
-        if step.met_damage():
+        asked, score = step.stop_requested and not last, NO_SCORE
+        if step.met_damage:
             bad.add(data.source, step.faults(), f"step {step.number}")
         skipped.add(step, data.source)
         if every(run.log_every, step.number) or last:

@@ -6,6 +6,7 @@ Augmentations draw from the generator they are given and from nothing else: it i
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -124,9 +125,14 @@ def normalise(images: Tensor, size: InputSpec, dtype: torch.dtype = torch.float3
 
     Channels come last in memory and convolutions keep it so: 1.3 times as fast on a CPU, and what tensor cores want.
     """
-    mean = torch.tensor(size.mean, dtype=dtype, device=images.device)[:, None, None]
-    std = torch.tensor(size.std, dtype=dtype, device=images.device)[:, None, None]
+    mean, std = (_channels(values, dtype, images.device) for values in (size.mean, size.std))
     return ((images.to(dtype) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache
+def _channels(values: Triple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(3, 1, 1), made once: a copy to a GPU waits for all that it was given to do."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def keyed_random(seed: int, epoch: int, position: int, view: int) -> np.random.Generator:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nc_dist.batch_norm import RunningStatistics
+from nc_dist.errors import InputError
 
 BUFFERS = ("running_mean", "running_var")
 
@@ -14,7 +15,7 @@ BUFFERS = ("running_mean", "running_var")
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.BatchNorm2d(3, momentum=0.3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.BatchNorm2d(4)
+        nn.BatchNorm2d(3, momentum=0.3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.7), nn.BatchNorm2d(4)
     ).double()
 
 
@@ -34,7 +35,6 @@ def step(module: nn.Module, batches: list[Tensor]) -> None:
 
 def test_one_micro_batch_a_step_is_torchs_own_update() -> None:
     ours, theirs = net(), net()
-    theirs[2].momentum = 0.1  # a cumulative average has no rule for a step; ours takes torch's default
     for x in micro_batches(3):
         step(ours, [x])
         theirs(x)
@@ -80,6 +80,11 @@ def test_layers_in_eval_mode_and_their_momentum_are_left_alone() -> None:
     assert all(value.equal(before[name]) for name, value in module[0].state_dict().items())
     assert [m.momentum for m in (module[0], module[3])] == [0.3, 0.1]
     assert int(module[3].num_batches_tracked) == 1
+
+
+def test_a_cumulative_mean_is_refused() -> None:
+    with pytest.raises(InputError, match="momentum=None"):
+        RunningStatistics(nn.BatchNorm2d(3, momentum=None))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

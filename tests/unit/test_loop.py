@@ -138,7 +138,7 @@ def test_metrics_are_of_the_whole_step() -> None:
     metrics = step.metrics()
     assert metrics["train/acc1"] == hits / (3 * MICRO)
     assert metrics["train/lr"] == 0.1 and metrics["train/grad_norm"] > 0
-    assert step.number == 1 and step.applied and not step.stop_requested()
+    assert step.number == 1 and step.applied and not step.stop_requested
     assert 0 <= step.data_seconds <= step.seconds
 
 
@@ -261,7 +261,7 @@ def test_a_stop_is_seen_in_the_step_after_which_it_was_asked() -> None:
     engine = TorchEngine(model(), TorchSpec(precision="fp64"), SGD(), World())
     objective = Objective(CrossEntropy(), INPUT, 1, 0, 0.1, Schedule(), 3)
     steps = train_steps(engine, data(3, 1), objective, World(), stop=lambda: next(asked))
-    assert [step.stop_requested() for step in steps] == [False, True, False]
+    assert [step.stop_requested for step in steps] == [False, True, False]
 
 
 def test_every_depends_on_the_step_alone() -> None:

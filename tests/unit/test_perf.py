@@ -15,7 +15,7 @@ from nc_dist.plan.gpus import gpu
 from nc_dist.spec import load
 from nc_dist.world import World
 
-STEP = Step(7, 0.1, 1.0, 0.5, 0.125, True, [], [], torch.zeros(0))
+STEP = Step(7, 0.1, 1.0, 0.5, 0.125, True, False, False, [], [], torch.zeros(0))
 
 
 def test_images_and_waiting_are_told_and_no_mfu_where_the_peak_is_unknown() -> None:

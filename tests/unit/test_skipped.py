@@ -16,8 +16,8 @@ from nc_dist.world import World
 
 def step(number: int, loss: float, applied: bool = False) -> Step:
     batches = [Batch(torch.zeros(2, 3, 1, 1), torch.zeros(2), torch.tensor([i, i + 2])) for i in (0, 1)]
-    totals = torch.tensor([loss, 0, 0, 0, 0, loss], dtype=torch.float64)
-    return Step(number, 0.1, float("nan"), 1.0, 0.0, applied, batches, ["ce"], totals)
+    totals = torch.tensor([loss, 0, 0, loss], dtype=torch.float64)
+    return Step(number, 0.1, float("nan"), 1.0, 0.0, applied, False, False, batches, ["ce"], totals)
 
 
 def test_steps_are_counted_and_listed_with_their_samples_until_there_are_too_many(
