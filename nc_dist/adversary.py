@@ -54,7 +54,7 @@ class PGD(Spec):
             seen = ((moved - mean) / std).requires_grad_()
             # Of the sum over images: that of the mean would vanish in half precision, and its direction is the same.
             (gradient,) = torch.autograd.grad(loss_of(seen) * len(seen), seen)
-            moved = moved + size * steepest(gradient / std, self.norm)
+            moved = moved + size * steepest(gradient.nan_to_num(0, 0, 0) / std, self.norm)  # fp16 may overflow
             moved = (pixels + projected(moved - pixels, self.norm, self.epsilon)).clamp(0, 1)
         return (moved - mean) / std
 

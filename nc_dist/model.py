@@ -24,7 +24,7 @@ from nc_dist.backbones import Backbone, BackboneSpec, Block
 from nc_dist.data.augment import InputSpec
 from nc_dist.errors import InputError
 from nc_dist.heads import Classifier, ClassifierSpec, HeadSpec, LinearClassifier, NoHead
-from nc_dist.outputs import Outputs
+from nc_dist.outputs import Outputs, full
 from nc_dist.spec import Spec, validate
 
 
@@ -115,7 +115,14 @@ class Model(nn.Module):
         if skipped is not None:
             features = add_padded(features, skipped)
         embedding = self.head(features)
-        return Outputs(features, embedding, self.classifier(embedding) if self.classifier else None), found
+        return Outputs(features, embedding, self._logits(embedding)), found
+
+    def _logits(self, embedding: Tensor) -> Tensor | None:
+        """In full precision: half of it would round the targets of some losses, and the angles at collapse."""
+        if self.classifier is None:
+            return None
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.classifier(full(embedding))  # type: ignore[no-any-return]
 
 
 def check_input(spec: ModelSpec, input: InputSpec, num_classes: int = 0, rows: int = 2) -> int:

@@ -10,7 +10,7 @@ from nc_dist.collapse import Collapse, collapse
 from nc_dist.config import PretrainRun
 from nc_dist.data.damage import BadSamples
 from nc_dist.data.subset import per_class
-from nc_dist.engine import Engine
+from nc_dist.engine import HALF, Engine
 from nc_dist.errors import Diverged
 from nc_dist.features import Observe, Probe, passes_over
 from nc_dist.model import classifier_of
@@ -94,8 +94,10 @@ def probed(run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad:
 
     Held-out NC, its values about the training means, and validation accuracy share one forward.
     """
-    with engine.gathered() as model:
-        classifier = classifier_of(model)
+    classifier = None
+    if engine.module.classifier is not None:
+        with engine.gathered(engine.module.classifier) as model:
+            classifier = classifier_of(model)
     headless, dtype = engine.module.headless, engine.input_dtype
     found: dict[str, Collapse] = {}
     for name, positions in (("train", data.train), ("heldout", data.heldout)):
@@ -109,6 +111,7 @@ def probed(run: PretrainRun, data: SourceSet, engine: Engine, world: World, bad:
                 {"after": classifier} if classifier else {},
                 only=LIVE,
                 reference=found["train"].moments if name == "heldout" else None,
+                rounded_to=HALF.get(run.engine.precision),
             )
     return found
 

@@ -58,17 +58,14 @@ class DeepSpeedEngine:
         model.recompute = spec.recompute
         if half := HALF.get(spec.precision):
             # Inside the model: DeepSpeed's engine switches an outer autocast off.
-            model.forward = torch.autocast(world.device.type, half)(model.forward)  # type: ignore[method-assign]
+            model.forward = torch.autocast(world.device.type, half, cache_enabled=False)(model.forward)  # type: ignore[method-assign]
         if spec.compile:
             model.compile()
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
-        optimizer = optim.build(parameter_groups(model, model.block_prefixes, optim))
-        if spec.offload_optimizer:
-            for group in optimizer.param_groups:
-                group["fused"] = (
-                    True  # torch's loops over main memory, as fast as DeepSpeed's op, which has to be built
-                )
+        # With offload torch's own loops over main memory, as fast as DeepSpeed's op, which would have to be built.
+        fused = world.device.type == "cuda" or spec.offload_optimizer
+        optimizer = optim.build(parameter_groups(model, model.block_prefixes, optim), fused)
         count = sum(p.numel() for p in self._trained.values())
         config = deepspeed_json(spec, *batch, world.size, count, world.device.type == "cuda")
         self._norm, self._scale = 0.0, LossScale(spec.precision == "fp16")
@@ -97,7 +94,8 @@ class DeepSpeedEngine:
         return self._engine(x.contiguous(memory_format=self._layout))  # type: ignore[no-any-return]
 
     def eval_forward(self, x: Tensor, gradients: bool = False) -> Outputs:
-        # Not through DeepSpeed's engine, which would take a backward to the input for one of the training.
+        # Not through DeepSpeed's engine, which would take a backward to the input for one of the training. Its hooks,
+        # which fetch the weights of stage 3, lie on the module itself.
         with evaluating(self.module, gradients):
             return self.module(x.contiguous(memory_format=self._layout))  # type: ignore[no-any-return]
 
@@ -160,7 +158,7 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         state = self._common(folder)
-        with self._gathered(self._frozen):
+        with self._gathered(self._frozen, changed=True):
             for name, own in self._whole().items():
                 own.copy_(state["model"][name])
         averages: list[Tensor] | None = []
@@ -183,7 +181,7 @@ class DeepSpeedEngine:
         others = f"or begin anew. {EXPORT_REMEDY.format(folder)}"
         if not (folder / COMMON).is_file():
             raise InputError(f"engine.kind='deepspeed': {folder} is not. Go on with engine.kind=torch, {others}")
-        state: dict[str, Any] = torch.load(folder / COMMON, map_location=self.world.device, weights_only=True)
+        state: dict[str, Any] = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
         if state["zero"] != self.spec.zero:
             raise InputError(
                 f"engine.zero={self.spec.zero}: {folder} is of ZeRO stage {state['zero']}, and a run keeps its stage. "
@@ -196,12 +194,13 @@ class DeepSpeedEngine:
         cut = self._trained if self.spec.zero else {}
         return {name: value for name, value in self.module.state_dict().items() if name not in cut}
 
-    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
+    def _gathered(self, parameters: list[nn.Parameter], changed: bool = False) -> AbstractContextManager[Any]:
+        """Parameters of stage 3 in one piece; what is `changed` in them stays."""
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if changed else None)  # type: ignore[no-any-return]
 
     @contextmanager
-    def gathered(self) -> Iterator[Model]:
-        with self._gathered(list(self.module.parameters())):
+    def gathered(self, part: nn.Module | None = None) -> Iterator[Model]:
+        with self._gathered(list((part or self.module).parameters())):
             yield self.module
 
     @contextmanager

@@ -48,8 +48,8 @@ class Engine(Protocol):
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore what `save` wrote; returns the client state."""
 
-    def gathered(self) -> AbstractContextManager[Model]:
-        """The model with all its weights in place, in any ZeRO stage."""
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[Model]:
+        """The model with all its weights in place, in any ZeRO stage; those of one part of it, where that is named."""
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the weights and running statistics are the moving averages of an engine that keeps them."""

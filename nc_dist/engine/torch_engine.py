@@ -37,14 +37,16 @@ class TorchEngine:
         if spec.compile:
             model.compile()  # in place: names stay as they are
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optim.build(parameter_groups(model, model.block_prefixes, optim))
+        self.optimizer = optim.build(
+            parameter_groups(model, model.block_prefixes, optim), fused=world.device.type == "cuda"
+        )
         self.scaler = GradScaler(world.device.type, enabled=spec.precision == "fp16")
         floating = [t for t in model.state_dict().values() if t.is_floating_point()]
         self._ema = Average(floating, ema) if ema is not None else None
         self._call: nn.Module = self.module
         if world.size > 1:
             # Buffers are merged by the loop, by a rule that does not know the world size.
-            self._call = DistributedDataParallel(self.module, broadcast_buffers=False)
+            self._call = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._settled = False
         self.grad_norm = 0.0
 
@@ -82,7 +84,7 @@ class TorchEngine:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = HALF.get(self.spec.precision)
-        return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
+        return torch.autocast(self.world.device.type, dtype, cache_enabled=False) if dtype else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -117,7 +119,8 @@ class TorchEngine:
         return [folder / "torch.pt"]
 
     def load(self, folder: Path) -> dict[str, Any]:
-        state = torch.load(folder / "torch.pt", map_location=self.world.device, weights_only=True)
+        # On the CPU: an optimiser leaves step counts where they are, and would wait for those on a GPU at each update.
+        state = torch.load(folder / "torch.pt", map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
@@ -126,7 +129,7 @@ class TorchEngine:
             self._ema.restore(**state.get("ema", {}))
         return state["client"]  # type: ignore[no-any-return]
 
-    def gathered(self) -> AbstractContextManager[Model]:
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[Model]:
         return nullcontext(self.module)
 
     def averaged(self) -> AbstractContextManager[None]:

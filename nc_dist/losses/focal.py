@@ -20,5 +20,5 @@ class Focal(Loss):
     def __call__(self, outputs: Outputs, targets: Tensor) -> Tensor:
         log_p_BK = outputs.logits.log_softmax(1)
         # Where p rounds to 1, a power below 1 would have an infinite slope.
-        rest_BK = (1 - log_p_BK.exp()).clamp(min=torch.finfo(log_p_BK.dtype).tiny)
+        rest_BK = (-torch.expm1(log_p_BK)).clamp(min=torch.finfo(log_p_BK.dtype).tiny)
         return -(probabilities(targets, outputs.logits) * rest_BK**self.gamma * log_p_BK).sum(1).mean()

@@ -16,5 +16,5 @@ class AdamW(Optim):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.05, ge=0)
 
-    def build(self, groups: list[Group]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, self.lr, self.betas, weight_decay=self.weight_decay)
+    def build(self, groups: list[Group], fused: bool = False) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, self.lr, self.betas, weight_decay=self.weight_decay, fused=fused or None)

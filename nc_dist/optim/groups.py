@@ -24,8 +24,8 @@ class Optim(Spec):
     decay_norm_and_bias: bool = True
     layer_decay: float = Field(1.0, gt=0, le=1)  # each block learns by this factor slower than the next one
 
-    def build(self, groups: list[Group]) -> torch.optim.Optimizer:
-        """The optimiser of these groups."""
+    def build(self, groups: list[Group], fused: bool = False) -> torch.optim.Optimizer:
+        """The optimiser of these groups; `fused` where one kernel, or one loop of the CPU, can do an update."""
         raise NotImplementedError
 
 

@@ -24,7 +24,7 @@ class LARS(Optim):
     weight_decay: float = Field(1e-4, ge=0)
     trust: float = Field(1e-3, gt=0)  # eta of the paper
 
-    def build(self, groups: list[Group]) -> torch.optim.Optimizer:
+    def build(self, groups: list[Group], fused: bool = False) -> torch.optim.Optimizer:
         settings = {"momentum": self.momentum, "weight_decay": self.weight_decay, "trust": self.trust}
         return LayerwiseSGD(groups, {"lr": self.lr, **settings})
 

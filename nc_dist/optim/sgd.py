@@ -17,6 +17,6 @@ class SGD(Optim):
     weight_decay: float = Field(5e-4, ge=0)
     nesterov: bool = True
 
-    def build(self, groups: list[Group]) -> torch.optim.Optimizer:
-        nesterov = self.nesterov and self.momentum > 0
-        return torch.optim.SGD(groups, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=nesterov)
+    def build(self, groups: list[Group], fused: bool = False) -> torch.optim.Optimizer:
+        settings = {"weight_decay": self.weight_decay, "nesterov": self.nesterov and self.momentum > 0}
+        return torch.optim.SGD(groups, self.lr, self.momentum, **settings, fused=fused or None)

@@ -88,19 +88,16 @@ def states(
     elements; `rest` are the bytes of buffers and parameters that are not trained.
 
     Stage 0 and DDP hold everything; ZeRO 1 divides the optimiser (P_os), 2 the gradients too (P_os+g), 3 the
-    parameters too (P_os+g+p): arXiv 1910.02054, figure 1. DDP's buckets are as large as the gradients (torch's
-    documentation of `gradient_as_bucket_view`), DeepSpeed's as `reduce_bucket_size` says, twice with overlap. The
+    parameters too (P_os+g+p): arXiv 1910.02054, figure 1. DDP's buckets are the gradients themselves (torch's
+    `gradient_as_bucket_view`), DeepSpeed's as `reduce_bucket_size` says, twice with overlap. The
     foreach updates of torch's optimisers take about as much again as the parameters that they update.
     """
     total = sum(numels)
     whole = element * total
     if stage not in (1, 2, 3):
-        buckets = 0
-        if world > 1:
-            buckets = whole if stage == DDP_BUCKETS else element * min(total, zero.reduce_bucket)
-        kept = buckets if stage == DDP_BUCKETS else 0
+        buckets = element * min(total, zero.reduce_bucket) if world > 1 and stage != DDP_BUCKETS else 0
         average = whole + rest if ema else 0
-        return States(whole + rest, whole, moments * total, buckets, kept + whole, 0, average)
+        return States(whole + rest, whole, moments * total, buckets, whole, 0, average)
     own = partition(numels, world) if stage == 3 else -(-total // world)
     share = element * own
     held = States(

@@ -10,6 +10,7 @@ import torch
 from processes import relative, run_ranks
 from small_engines import averages, losses, small_engine, small_model, trained, weights, whole_state, worst
 
+from nc_dist.model import Model
 from nc_dist.world import World
 
 pytestmark = pytest.mark.slow
@@ -105,14 +106,25 @@ def test_offload_to_the_cpu_changes_no_curve(tmp_path: Path) -> None:
             assert not applied and still == 0 and bitwise, (case, applied, still, bitwise)
 
 
-def partly(world: World) -> list[Any]:
-    """A frozen stem, and a model without classifier, whose loss is of the embedding; by stage."""
+def frozen_stem(seed: int = 0) -> Model:
+    model = small_model(seed=seed)
+    model.backbone.net.conv1.requires_grad_(False)  # type: ignore[union-attr]
+    return model
+
+
+def partly(world: World, folder: Path) -> list[Any]:
+    """A frozen stem, also saved and loaded into another, and a model without classifier; by stage."""
     found = []
     for zero in (None, *STAGES):
-        frozen = small_model()
-        frozen.backbone.net.conv1.requires_grad_(False)  # type: ignore[union-attr]
-        engine = small_engine(world, zero, ema=0.9, model=frozen)
+        engine = small_engine(world, zero, ema=0.9, model=frozen_stem())
         trained(engine, world, 0, 3)
+        saved = folder / f"{zero}"
+        saved.mkdir(exist_ok=True)
+        engine.save(saved, {})
+        world.barrier()
+        again = small_engine(world, zero, ema=0.9, model=frozen_stem(seed=7))
+        again.load(saved)
+        assert worst(weights(again), weights(engine)) == 0, zero
         bare = small_engine(world, zero, model=small_model(classes=0))
         outputs = bare.forward(torch.full((4, 3, 8, 8), 0.1 * (1 + world.rank)))
         bare.backward(outputs.embedding_BE.square().sum())
@@ -121,9 +133,9 @@ def partly(world: World) -> list[Any]:
     return found
 
 
-def test_frozen_parameters_stay_and_a_model_without_classifier_trains() -> None:
+def test_frozen_parameters_stay_and_a_model_without_classifier_trains(tmp_path: Path) -> None:
     start = small_model().state_dict()
-    for found in run_ranks(partly, 2, timeout=100):
+    for found in run_ranks(partly, 2, tmp_path, timeout=100):
         for whole, kept, bare in found:
             stem = "backbone.net.conv1.weight"
             assert (

@@ -111,7 +111,8 @@ def test_one_process_has_no_masters_in_ddp_and_zero_0_and_has_them_in_the_other_
         assert (plain.parameters, plain.gradients, plain.optimizer) == (4 * total, 4 * total, 4 * total)
         assert plain.buckets == 0
     assert states(1, NUMELS, MOMENTUM, 1, NO_BUCKETS).optimizer == 8 * total
-    assert states(DDP_BUCKETS, NUMELS, MOMENTUM, 2, ZeroSettings()).buckets == 4 * total
+    assert states(DDP_BUCKETS, NUMELS, MOMENTUM, 2, ZeroSettings()).buckets == 0  # the gradients lie in them
+    assert states(0, NUMELS, MOMENTUM, 2, ZeroSettings()).buckets == 4 * total
 
 
 def test_averages_are_as_large_as_what_they_average() -> None:
