@@ -196,6 +196,8 @@ class DeepSpeedEngine:
 
     def _gathered(self, parameters: list[nn.Parameter], changed: bool = False) -> AbstractContextManager[Any]:
         """Parameters of stage 3 in one piece; what is `changed` in them stays."""
+        if self.spec.zero == 3:  # what an eval forward fetched ahead for a backward that never came
+            self._zero.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if changed else None)  # type: ignore[no-any-return]
 
     @contextmanager

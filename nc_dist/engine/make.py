@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from nc_dist.engine import DeepSpeedSpec, Engine, TorchSpec
 from nc_dist.engine.torch_engine import TorchEngine
 from nc_dist.model import Model
@@ -18,6 +20,7 @@ def make_engine(
     ema: float | None = None,
 ) -> Engine:
     """The engine that `spec` names; `batch` is (global, micro), `ema` the decay of averaged weights, None for none."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = spec.deterministic, not spec.deterministic
     if isinstance(spec, TorchSpec):
         return TorchEngine(model, spec, optim, world, ema)
     from nc_dist.engine.deepspeed_engine import DeepSpeedEngine

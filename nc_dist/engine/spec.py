@@ -21,6 +21,7 @@ class CommonSpec(Spec):
     clip: float = Field(0.0, ge=0)
     channels_last: bool = True  # memory format of images and convolutions
     compile: bool = False  # torch.compile
+    deterministic: bool = False  # cuDNN's kernels give the same bits each time; false: the fastest ones are looked for
     recompute: bool = False  # activations of blocks are not kept but computed again in the backward
 
 

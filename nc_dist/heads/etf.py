@@ -43,13 +43,14 @@ class ETFHead(Spec):
 
     kind: Literal["etf"] = "etf"
     hidden: int = Field(2048, ge=1)
-    output: int = Field(512, ge=2)
+    output: int = Field(0, ge=0)  # 0: as wide as the features
 
     def build(self, dim: int) -> tuple[nn.Module, int]:
         """The module and the size of what it puts out; InputError for a size below `dim`."""
-        for key, size in (("hidden", self.hidden), ("output", self.output)):
+        output = self.output or dim
+        for key, size in (("hidden", self.hidden), ("output", output)):
             if size < dim:
                 raise InputError(
                     f"model.head.{key}={size}: an etf head of {dim} features keeps them all; set {dim} or more"
                 )
-        return ETFProjector(dim, self.hidden, self.output), self.output
+        return ETFProjector(dim, self.hidden, output), output

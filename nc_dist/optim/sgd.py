@@ -18,5 +18,11 @@ class SGD(Optim):
     nesterov: bool = True
 
     def build(self, groups: list[Group], fused: bool = False) -> torch.optim.Optimizer:
-        settings = {"weight_decay": self.weight_decay, "nesterov": self.nesterov and self.momentum > 0}
-        return torch.optim.SGD(groups, self.lr, self.momentum, **settings, fused=fused or None)
+        return torch.optim.SGD(
+            groups,
+            self.lr,
+            self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov and self.momentum > 0,
+            fused=fused or None,
+        )

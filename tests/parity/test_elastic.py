@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import statistics
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 STAGES = [f"zero{stage}" for stage in range(4)]
 STEPS = 3  # at each number of processes
+SEEDS = range(10, 15)
 
 
 def assert_same_curve(out: Path, expected: Path) -> None:
@@ -119,9 +121,23 @@ def go_on(world: World, run: PretrainRun) -> None:
         pretrain(run, world, stop)
 
 
+def to_the_end(world: World, out: Path) -> dict[str, float]:
+    """Held-out accuracy of each stage's run, gone on with to its end, and of whole runs with other seeds."""
+    runs = {stage: run_of(out, stage) for stage in STAGES}
+    for seed in SEEDS:
+        runs[f"seed {seed}"] = load(PretrainRun, SMALL, [f"out={out}/{seed}", f"seed={seed}", "save_every=1000"])
+    for run in runs.values():
+        if world.rank == 0:
+            prepare(run)
+    world.barrier()
+    return {name: pretrain(run, world, lambda: False)["heldout_accuracy"] for name, run in runs.items()}
+
+
 @pytest.mark.timeout(900)
 def test_zero_goes_from_4_to_2_to_1_to_2_processes(tmp_path: Path) -> None:
-    """The next three losses are those of a copy that goes on as before, to 1e-5; each sample is read as ordered."""
+    """The next three losses are those of a copy that goes on as before, to 1e-5; each sample is read as ordered; the
+    accuracy at the end is one that another seed could have had.
+    """
     out, before = tmp_path / "run", None
     for size, copy in ((4, tmp_path / "4"), (2, tmp_path / "2"), (1, tmp_path / "1"), (2, None)):
         run_ranks(some_steps, size, out, copy, timeout=240)
@@ -132,5 +148,9 @@ def test_zero_goes_from_4_to_2_to_1_to_2_processes(tmp_path: Path) -> None:
             print(f"{stage}, on {size} as before: {worst:.1e}")
             assert worst < 1e-5, f"{stage} on {size}"
         before = copy
+    accuracy = run_ranks(to_the_end, 2, out, timeout=240)[0]
+    seeds = [accuracy[f"seed {seed}"] for seed in SEEDS]
+    print(accuracy)
     for stage in STAGES:
         assert_samples_exact(run_of(out, stage))
+        assert abs(accuracy[stage] - statistics.mean(seeds)) <= 3 * statistics.stdev(seeds), (stage, accuracy)
