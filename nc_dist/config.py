@@ -28,7 +28,7 @@ class Workers(Spec):
 
     min: int = Field(1, ge=1)
     max: int = Field(ge=1)
-    look_s: float = Field(60, gt=0)  # between looks at whether the cluster has room for more
+    look_s: float = Field(600, gt=0)  # between looks at whether the cluster has room for more
 
 
 class Launch(Spec):
@@ -37,8 +37,10 @@ class Launch(Spec):
     workers: Annotated[int, Field(ge=1)] | Workers = 1  # {min, max}: as many as there are, changing with them
     cpus: float = Field(1, gt=0)  # per worker
     gpus: float | None = Field(None, ge=0)  # per worker; null: 1 where the cluster has GPUs
-    retries: int = Field(2, ge=0)  # of the whole worker group, each from the last checkpoint
-    hang_s: float = Field(1800, gt=0)  # a step that takes longer is taken for a hang: stacks are written, the run ends
+    retries: int = Field(2, ge=0)  # of the whole worker group, without a newer checkpoint in between
+    # What takes longer is a hang, which is told and ends the run: each phase of a step; four times that between steps;
+    # nothing before the first step.
+    hang_s: float = Field(1800, gt=0)
 
 
 class BatchSpec(Spec):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +102,6 @@ def finetune(run: FinetuneRun, world: World, stop: Callable[[], bool], at: At = 
         details = {"variant": result["variant"], "method": run.method.kind, "source": str(run.source)}
         export(model, out / "export", exported.input, data.train.class_names, details)
         tracker.hparams(result, result)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the export holds what is worth keeping
     tracker.close()
     return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,22 +15,34 @@ from nc_dist.plan.time import mfu
 from nc_dist.world import World
 
 
-@dataclass(frozen=True)
+@dataclass
 class Perf:
-    """Of one run in one world. The GPU's `peak`, FLOP/s, and the FLOPs of one image's `forward` are 0 where unknown."""
+    """Of one run in one world. The GPU's `peak`, FLOP/s, and the FLOPs of one image's `forward` are 0 where unknown.
+
+    A step queues work that a GPU does in the next one, so that only the mean over many steps says how fast it is.
+    """
 
     world: World
     batch: int
     views: int
     peak: float = 0
     forward: int = 0
+    _seconds: list[tuple[float, float]] = field(default_factory=list)  # of steps since the last scalars, and their data
 
-    def scalars(self, step: Step) -> dict[str, float]:
-        """Of one step: images a second over all processes, the share of waiting for data, MFU, peak memory in GB."""
-        per_second = self.batch / step.seconds
+    def add(self, step: Step) -> None:
+        """To be called after each step."""
+        self._seconds.append((step.seconds, step.data_seconds))
+
+    def scalars(self) -> dict[str, float]:
+        """Of the steps since the last call, at least one: images a second over all processes, the share of waiting for
+        data, MFU, peak memory in GB.
+        """
+        seconds, waited = (sum(column) for column in zip(*self._seconds, strict=True))
+        per_second = self.batch * len(self._seconds) / seconds
+        self._seconds = []
         found = {
             "perf/images_per_second": per_second,
-            "perf/data_wait_frac": step.data_seconds / step.seconds,
+            "perf/data_wait_frac": waited / seconds,
             **self._memory(),
         }
         if self.peak and self.forward:
@@ -39,7 +51,9 @@ class Perf:
 
     def _memory(self) -> dict[str, float]:
         if self.world.device.type == "cuda":
-            return {"sys/gpu_memory_gb": torch.cuda.max_memory_allocated(self.world.device) / 1e9}
+            reserved = torch.cuda.max_memory_reserved(self.world.device)
+            torch.cuda.reset_peak_memory_stats(self.world.device)
+            return {"sys/gpu_memory_gb": reserved / 1e9}
         return {"sys/rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ from nc_dist.source_saves import Saves, begin
 from nc_dist.source_set import SourceSet, batches, logit_classes, open_source_set
 from nc_dist.tracking import Tracker
 from nc_dist.world import World
-
-STOP_WAIT = 10.0  # seconds that a stop waits for uploads
 
 
 def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool], at: At = NOT_WATCHED) -> dict[str, Any]:
@@ -56,15 +55,17 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool], at: At = 
     tracker.custom_page()
     measures = Measures(run, data, engine, world, bad, tracker)
     saves = Saves(run, data, engine, world, save_every, progress)
+    alive = partial(at, data.steps, "between steps")
     if start == 0:
         measures.take(0)
     steps = train_steps(engine, batches(run, data, world, start), objective_of(run, data), world, start, stop, at=at)
     for step in profiled(steps, steps_of(run.profile.steps, data.steps), start, out, world):
         due, last = saves.due(step.number), step.number == data.steps
-        asked, score = step.stop_requested and not last, NO_SCORE
+        asked, score = step.stop_requested, NO_SCORE
         if step.met_damage:
             bad.add(data.source, step.faults(), f"step {step.number}")
         skipped.add(step, data.source)
+        perf.add(step)
         if every(run.log_every, step.number) or last:
             tracker.scalars(step.number, scalars(run, data, step, skipped, perf), **about(data, step))
         if every(measure_every, step.number) or due:
@@ -72,16 +73,15 @@ def pretrain(run: PretrainRun, world: World, stop: Callable[[], bool], at: At = 
         if due or asked:
             saves.save(step.number, score, skipped.count)
         if asked:
-            saves.close(STOP_WAIT)
             tracker.close()
+            saves.close(lambda: True, alive)
             raise Preempted(step.number)
 
     result = finish(run, data, engine, world, measures.newest(), bad)
-    result |= {"skipped_steps": skipped.count} | saves.close() | {"seconds": saves.seconds()}
     measures.show_class_means(data.steps, projector=True)
     tracker.hparams(hparams(run), {**result, "accuracy": result["source_accuracy"]})
     tracker.close()
-    return result
+    return result | {"skipped_steps": skipped.count} | saves.close(stop, alive) | {"seconds": saves.seconds()}
 
 
 def objective_of(run: PretrainRun, data: SourceSet) -> Objective:
@@ -107,7 +107,7 @@ def scalars(run: PretrainRun, data: SourceSet, step: Step, skipped: Skipped, per
         "train/epoch": step.number / data.order.steps_per_epoch,
         "train/samples_seen": step.number * run.batch.global_,
         "train/skipped": skipped.count,
-        **perf.scalars(step),
+        **perf.scalars(),
     }
 
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def appears(path: Path) -> bool:
+    """Whether a file that another machine may make is there by now.
+
+    NFS remembers for up to a minute that a name is not there; it asks the server again once the folder is opened.
+    """
+    with suppress(OSError), os.scandir(path.parent):
+        return path.exists()
+    return False
 
 
 def environment() -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from nc_dist.checkpoint.shared_faults import on_all
+from nc_dist.checkpoint.shared_faults import on_all, on_first
 from nc_dist.config import PretrainRun
 from nc_dist.data.catalog import open_source
 from nc_dist.data.damage import BadSamples
@@ -118,13 +119,19 @@ def source_accuracy(
         seen = forwarded(forward_of(engine), loaded, run.input, engine.input_dtype)
         feats, labels = gathered_features(seen, "before")
         parts.append(world.collect((feats.cpu(), labels.cpu())))
-    if world.rank != 0:
-        return {}
+    # Minutes for a thousand classes: the other ranks wait in short collectives, not in one that runs out of time.
+    return on_first(world, lambda: _accuracies(parts, len(data.source.class_names), run.seed, world.device))
+
+
+def _accuracies(
+    parts: list[list[tuple[Tensor, Tensor]]], num_classes: int, seed: int, device: torch.device
+) -> dict[str, float]:
+    """Of features and labels of the training and the test samples, each as the ranks had them, in fp64 on `device`."""
     (train_x, train_y), (test_x, test_y) = (
-        (torch.cat([x for x, _ in ranks]), torch.cat([y for _, y in ranks])) for ranks in parts
+        tuple(torch.cat(column).to(device) for column in zip(*ranks, strict=True)) for ranks in parts
     )
-    linear = fit(train_x, train_y, len(data.source.class_names), SOURCE_PROBE_L2, run.seed)
-    means = torch.stack([train_x[train_y == k].double().mean(0) for k in range(len(data.source.class_names))])
+    linear = fit(train_x, train_y, num_classes, SOURCE_PROBE_L2, seed)
+    means = torch.stack([train_x[train_y == k].double().mean(0) for k in range(num_classes)])
     nearest = torch.cdist(test_x.double(), means).argmin(1)
     return {
         "source_accuracy": linear.accuracy(test_x, test_y),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from nc_dist import checkpoint, initial_weights
 from nc_dist.config import PretrainRun
 from nc_dist.engine import Engine
 from nc_dist.engine.make import make_engine
+from nc_dist.errors import Preempted
 from nc_dist.model import Model
 from nc_dist.source_model import export_all
 from nc_dist.source_probes import NO_SCORE
@@ -41,6 +43,7 @@ def begin(run: PretrainRun, data: SourceSet, model: Model, world: World) -> tupl
     state = engine.load(newest)
     world.barrier()
     if world.rank == 0:
+        print(f"goes on from {newest}", flush=True)
         checkpoint.remove_brought(Path(run.out))
     if newest.parent != Path(run.out) / checkpoint.CHECKPOINTS:
         return engine, Progress(step=state["step"])  # the record of another run is not this one's
@@ -65,8 +68,8 @@ class Saves:
 
     def save(self, step: int, score: float, skipped: int) -> None:
         """Save, and copy to where the run uploads to; `score` is NO_SCORE where nothing was measured."""
-        progress, is_best = self._progress, score > self._progress.best
-        if is_best:
+        progress = self._progress
+        if score > progress.best:
             progress.best, progress.best_step = score, step
         progress.step, progress.seconds, progress.skipped = step, self.seconds(), skipped
         checkpoint.save(
@@ -75,7 +78,7 @@ class Saves:
             step,
             asdict(progress) | checkpoint.state_of(self._run, self._data, step),
             self._world,
-            best=is_best,
+            best=progress.best_step,
             retention=self._retention,
             in_use=self._uploads.in_use,
             beside=lambda partial: export_all(partial, self._run, self._data, self._engine, self._world),
@@ -86,8 +89,13 @@ class Saves:
         """How long the run has taken, earlier attempts included."""
         return self._earlier + time.time() - self._began
 
-    def close(self, wait_s: float | None = None) -> dict[str, Any]:
-        """End the uploads, in `wait_s` seconds where that is given; what the result says of the checkpoints."""
-        progress = self._progress
+    def close(self, stop: Callable[[], bool], alive: Callable[[], object]) -> dict[str, Any]:
+        """End the uploads; what the result says of the checkpoints. `alive` is called now and then while this waits.
+
+        Preempted, on every rank, where `stop()` cut the uploads short.
+        """
+        progress, uploaded = self._progress, self._uploads.close(stop, alive)
+        if uploaded is None:
+            raise Preempted(progress.step)
         known = {"best_step": progress.best_step, "best_score": progress.best if progress.best_step else None}
-        return known | self._uploads.close(wait_s)
+        return known | uploaded

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nc_dist.errors import FAILED
+from nc_dist.run_folder import appears
 
 HANGS, VERDICT = "hangs", "verdict.txt"
 BETWEEN = "between steps"  # measuring, saving, exporting
@@ -83,7 +84,7 @@ class _Watchdog:
             overdue = seen is not began and seconds >= self.hang_s * (LONGER if seen[1] == BETWEEN else 1)
             if overdue:
                 faulthandler.dump_traceback_later(LAST_RESORT_LOOKS * self.look_s, exit=True)
-            if overdue or (not reported and self.folder.exists()):
+            if overdue or (not reported and appears(self.folder)):
                 self._report(*seen, seconds)
                 reported = True
             if overdue:

@@ -1,6 +1,6 @@
 """Where a pre-training run begins, and whether it may begin there.
 
-1 its own newest sound checkpoint: here, else where it uploads to; 2 the newest of the place that `resume` names;
+1 its own newest sound checkpoint, here or where it uploads to; 2 the newest of the place that `resume` names;
 3 weights that the backbone's spec names; 4 scratch.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nc_dist.checkpoint.manifest import checkpoints_in, newest_sound, saved_state, step_of
+from nc_dist.checkpoint.manifest import checkpoints_in, latest, newest_sound, read_manifest, saved_state, step_of
 from nc_dist.checkpoint.places import Place
 from nc_dist.checkpoint.retention import Retention, chosen_steps
 from nc_dist.checkpoint.upload import fetch, fetch_newest
@@ -32,10 +32,7 @@ def resume_from(run: PretrainRun, data: SourceSet) -> Path | None:
 
     InputError when there are checkpoints and none is whole: nobody wants weeks of work begun anew silently.
     """
-    folder = Path(run.out) / CHECKPOINTS
-    own = own_newest(folder)
-    if own is None and run.upload:
-        own = fetch_newest(own_uploads(run, is_empty=True), folder)
+    own = newest_of(run)
     if own is not None:
         check_goes_on(run, data, Place(own))
     if own is not None or run.resume is None:
@@ -60,6 +57,22 @@ def remove_brought(out: Path) -> None:
     shutil.rmtree(out / BROUGHT, ignore_errors=True)
 
 
+def newest_of(run: PretrainRun) -> Path | None:
+    """The newest sound checkpoint of the run itself, brought here where only its upload has it; None without any.
+
+    A disk of one node may hold fewer than the upload, as after a restart elsewhere. InputError when all are damaged.
+    """
+    folder = Path(run.out) / CHECKPOINTS
+    here = latest(folder)
+    uploads = own_uploads(run, Place(here) if here else None) if run.upload else []
+    newest = fetch_newest(uploads, folder, after=step_of(here)) or here
+    if newest is None:
+        own_newest(folder)  # an error where there are damaged ones here
+        if uploads:
+            raise InputError(f"{uploads[-1]} and all before it are damaged; give another upload URL to begin anew")
+    return newest
+
+
 def own_newest(folder: Path) -> Path | None:
     """The newest sound checkpoint of a run's own folder, None for a run without any.
 
@@ -75,24 +88,29 @@ def own_newest(folder: Path) -> Path | None:
     return Path(newest.name) if newest else None
 
 
-def own_uploads(run: PretrainRun, is_empty: bool) -> list[Place]:
-    """The run's checkpoints where it uploads to; `is_empty`: it has none here.
+def own_uploads(run: PretrainRun, here: Place | None) -> list[Place]:
+    """The run's checkpoints where it uploads to; `here` is what it can go on from without them.
 
-    InputError when it cannot be read, or when they are of another run, or of an attempt before --fresh.
+    Where they cannot be read, it does, with a line on the console; InputError without `here`. InputError also when they
+    are of another run, or of an attempt before --fresh.
     """
     assert run.upload is not None
     try:
         there = checkpoints_in(run.upload)
-    except OSError as error:
+        state = read_manifest(there[-1]).get("state", {}) if there else {}
+    except (OSError, ValueError) as error:
+        if here is not None:
+            print(f"upload={run.upload}: cannot be read ({error}): the run goes on from {here}", flush=True)
+            return []
         raise InputError(
             f"upload={run.upload}: cannot be read ({error}); give the same command again once it can, or another URL"
         ) from None
     if not there:
         return []
     remedy = "give another URL, or remove what is there"
-    if is_empty and (Path(run.out) / FRESH).exists():
+    if (Path(run.out) / FRESH).exists() and not checkpoints_in(Path(run.out) / CHECKPOINTS):
         raise InputError(f"upload={run.upload}: holds {there[-1].folder_name} of before --fresh; {remedy}")
-    if saved_state(there[-1]).get("about", {}).get("run") != _run_hash(run):
+    if state.get("about", {}).get("run") != _run_hash(run):
         raise InputError(f"upload={run.upload}: holds {there[-1].folder_name} of a run of other settings; {remedy}")
     return there
 
@@ -162,10 +180,10 @@ def check_given(run: PretrainRun, data: SourceSet) -> str | None:
     own = checkpoints_in(Path(run.out) / CHECKPOINTS)
     if run.upload:
         Place(run.upload).check_writable("upload")
-        uploads = own_uploads(run, is_empty=not own)
-        own = own or uploads
+        own += own_uploads(run, own[-1] if own else None)
     if own or run.resume is None:
-        return f"step {step_of(own[-1])}, {own[-1]}" if own else None
+        newest = max(own, key=step_of, default=None)  # of the same step the one here
+        return f"step {step_of(newest)}, {newest}" if newest else None
     given = given_checkpoints(run.resume)[-1]
     return f"step {check_more(run, data, given)}, {given}"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +18,20 @@ PARTIAL = ".partial"  # ends the name of what is not complete: being written, or
 
 @dataclass(frozen=True)
 class Retention:
-    """The `keep` newest checkpoints stay (None: all), those of the `chosen` steps, and the best one."""
+    """The `keep` newest checkpoints stay (None: all), those of the `chosen` steps, and the best one.
+
+    Newest is the one that was committed last. Those beyond it are of a future that is run again, as when damaged ones
+    were passed over: they do not stay.
+    """
 
     keep: int | None = 2
     chosen: frozenset[int] = frozenset()
 
-    def staying(self, steps: Iterable[int], best: int | None) -> set[int]:
-        """The steps whose checkpoints stay."""
-        ordered = sorted(steps)
-        newest = ordered[-self.keep :] if self.keep else ordered
-        return {step for step in ordered if step in newest or step in self.chosen or step == best}
+    def staying(self, steps: Iterable[int], newest: int, best: int | None) -> set[int]:
+        """The steps whose checkpoints stay, `newest` being the one committed last."""
+        ordered = sorted(step for step in steps if step <= newest)
+        kept = ordered[-self.keep :] if self.keep else ordered
+        return {step for step in ordered if step in kept or step in self.chosen or step == best}
 
 
 def chosen_steps(epochs: Iterable[float], steps_per_epoch: int) -> frozenset[int]:
@@ -48,14 +54,30 @@ def linked_step(folder: Path, name: str) -> int | None:
     return int(target.removeprefix(STEP)) if is_step(target) else None
 
 
-def prune(folder: Path, retention: Retention, in_use: Collection[int] = ()) -> None:
-    """Remove what need not stay, and what an earlier attempt left half-written or half-removed.
+def link_best(folder: Path, step: int | None) -> None:
+    """Let the link point to the best checkpoint; there is no link where it is not there."""
+    if step is not None and (folder / f"{STEP}{step}").is_dir():
+        link(folder, BEST, f"{STEP}{step}")
+    else:
+        (folder / BEST).unlink(missing_ok=True)
 
-    A checkpoint loses its name first: one that is half gone is never taken for a damaged one.
-    """
+
+def prune(folder: Path, retention: Retention, newest: int, in_use: Collection[int] = ()) -> None:
+    """Remove what need not stay, and what an earlier attempt left half-written or half-removed."""
     steps = [int(path.name.removeprefix(STEP)) for path in folder.iterdir() if is_step(path.name)]
-    staying = retention.staying(steps, linked_step(folder, BEST)) | set(in_use)
+    staying = retention.staying(steps, newest, linked_step(folder, BEST)) | set(in_use)
     for left in folder.glob(f"{STEP}*{PARTIAL}"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     for step in sorted(set(steps) - staying):
-        shutil.rmtree((folder / f"{STEP}{step}").rename(folder / f"{STEP}{step}{PARTIAL}"))
+        discard(folder / f"{STEP}{step}")
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if there is one, as far as that is possible; a later `prune` tries the rest again.
+
+    It loses its name first: the name is free even where NFS keeps a file that is still open somewhere, and a checkpoint
+    that is half gone is never taken for a damaged one.
+    """
+    with suppress(OSError):  # tidying up ends no run; who needs the name learns there that it is not free
+        aside = folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}"))
+        shutil.rmtree(aside, ignore_errors=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nc_dist.checkpoint.manifest import MANIFEST, STEP, latest
-from nc_dist.checkpoint.retention import BEST, LAST, PARTIAL, Retention, link, prune
+from nc_dist.checkpoint.retention import LAST, PARTIAL, Retention, discard, link, link_best, prune
 from nc_dist.checkpoint.shared_faults import Faults, on_all
 from nc_dist.engine import Engine
 from nc_dist.identity import hash_file
@@ -36,15 +36,16 @@ def save(
     state: dict[str, Any],
     world: World,
     *,
-    best: bool = False,
+    best: int | None = None,
     retention: Retention = Retention(),  # noqa: B008  (frozen)
     in_use: Collection[int] = (),
     beside: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Save at `step`; every rank calls it. `state` is small, plain JSON; rank 0's is written.
 
-    Steps `in_use` are not pruned this time; `beside` writes what else belongs to the checkpoint, and is called on every
-    rank. Raises SaveFailed on all ranks when any of them could not write.
+    `best` is the step of the best checkpoint so far, where that is known: the link `best` points to it. Steps
+    `in_use` are not pruned this time; `beside` writes what else belongs to the checkpoint, and is called on every rank.
+    Raises SaveFailed on all ranks when any of them could not write.
     """
     partial = folder / f"{STEP}{step}{PARTIAL}"
     first = world.rank == 0
@@ -77,7 +78,7 @@ def _give_up(partial: Path, step: int, faults: Faults, world: World) -> NoReturn
 
 
 def _empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
     partial.mkdir(parents=True)
 
 
@@ -104,7 +105,7 @@ def _commit(
     step: int,
     state: dict[str, Any],
     prints: list[list[Fingerprint]],
-    best: bool,
+    best: int | None,
     retention: Retention,
     in_use: Collection[int],
 ) -> None:
@@ -117,14 +118,12 @@ def _commit(
     for path in (partial / MANIFEST, *(path for path in partial.rglob("*") if path.is_dir()), partial):
         _sync(path)
     folder, final = partial.parent, partial.with_name(f"{STEP}{step}")
-    if final.exists():
-        shutil.rmtree(final)  # damaged, passed over, and now reached again
+    discard(final)  # one that was damaged and passed over, and is now reached again
     partial.rename(final)
     _sync(folder)
     link(folder, LAST, final.name)
-    if best:
-        link(folder, BEST, final.name)
-    prune(folder, retention, in_use)
+    link_best(folder, best)
+    prune(folder, retention, step, in_use)
 
 
 def _check_there(partial: Path, found: Iterable[Fingerprint]) -> None:

@@ -35,22 +35,23 @@ def on_all(world: World, work: Callable[[], T]) -> list[T]:
 
 
 def on_first(world: World, work: Callable[[], T]) -> T:
-    """work() of rank 0, or its error, on every rank; it may take as long as it likes.
+    """work() of rank 0, or its error, on every rank; it may take longer than the others' collectives would wait.
 
-    An error that is no InputError is Faults on the others, as not every error can be sent.
+    Rank 0 works in a thread, and sends a sign of life every POLL_S. What it got must be picklable; an error that is no
+    InputError is Faults on the others, as not every error can be sent.
     """
+    if world.size == 1:
+        return work()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if world.rank == 0 else None
         while world.broadcast(future is not None and bool(wait([future], POLL_S).not_done)):
             pass
     error = future.exception() if future is not None else None
-    if error is not None:
-        told = InputError(str(error)) if isinstance(error, InputError) else Faults(_line(world, error))
-        world.broadcast((None, told))
-        raise error
-    done, told = world.broadcast((future.result() if future is not None else None, None))
+    told = error and (InputError(str(error)) if isinstance(error, InputError) else Faults(_line(world, error)))
+    done, told = world.broadcast((future.result() if future is not None and error is None else None, told))
+    world.barrier()  # rank 0 may end now: all have its news
     if told is not None:
-        raise told
+        raise error or told
     return done  # type: ignore[no-any-return]
 
 

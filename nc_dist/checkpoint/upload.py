@@ -6,7 +6,7 @@ that never ended, and is not looked at. Rank 0 copies the files of all ranks, so
 
 from __future__ import annotations
 
-import shutil
+import math
 import sys
 import threading
 import time
@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 from nc_dist.checkpoint.manifest import MANIFEST, STEP, checkpoints_in, is_step, read_manifest, step_of, verify
 from nc_dist.checkpoint.places import Place
-from nc_dist.checkpoint.retention import BEST, LAST, PARTIAL, Retention, link, linked_step
-from nc_dist.checkpoint.shared_faults import on_first
-from nc_dist.errors import InputError
+from nc_dist.checkpoint.retention import BEST, LAST, PARTIAL, Retention, discard, link, linked_step
 from nc_dist.world import World
 
 ATTEMPTS = 5
 WAIT_S = 1.0  # before the second attempt; twice as long before each further one
+STOP_WAIT_S = 10.0  # that a stop waits for the last copy
+POLL_S = 1.0
 
 T = TypeVar("T")
 
@@ -58,18 +58,28 @@ class Uploads:
         if self._place is not None:
             self._waiting.put(step)
 
-    def close(self, wait_s: float | None = None) -> dict[str, Any]:
+    def close(
+        self, stop: Callable[[], bool] = lambda: False, alive: Callable[[], object] = lambda: None
+    ) -> dict[str, Any] | None:
         """Wait for the last copy; every rank calls it. {url, uploaded: steps, failed: {step: reason}} on rank 0.
 
-        A run that is asked to stop waits for `wait_s` seconds only: its next start copies what is not there then.
+        Once `stop()` is true on rank 0, for STOP_WAIT_S only: None, on every rank, when copies are missing then. The
+        next start makes them. `alive` is called now and then while this waits.
         """
+        ends = math.inf
         if self._place is not None:
             self._waiting.put(None)
-        on_first(self._world, lambda: self._thread.join(wait_s) if self._place is not None else None)
+        while self._world.broadcast(self._thread.is_alive() and time.monotonic() < ends):
+            alive()
+            if self._place is not None:
+                self._thread.join(POLL_S)
+                ends = min(ends, time.monotonic() + STOP_WAIT_S) if stop() else ends
+        if self._world.broadcast(self._thread.is_alive()):
+            if self._place is not None:
+                _tell(f"not all checkpoints are copied to {self._place} yet: the same command copies the rest")
+            return None
         if self._place is None:
             return {}
-        if self._thread.is_alive():
-            _tell(f"not all checkpoints are copied to {self._place} yet: the same command copies them when it goes on")
         for step, reason in self._failed.items():
             print(f"error: upload of step_{step} to {self._place} failed: {reason}; it is whole here", file=sys.stderr)
         failed = {str(step): reason for step, reason in self._failed.items()}
@@ -96,7 +106,8 @@ class Uploads:
         self._failed.pop(step_of(checkpoint), None)
         best = linked_step(self._folder, BEST)
         if best in (None, *self._done):
-            retried(lambda: prune_remote(place, self._retention, best), "pruning what was uploaded")
+            newest = max(map(step_of, checkpoints_in(self._folder)))
+            retried(lambda: prune_remote(place, self._retention, newest, best), "pruning what was uploaded")
 
 
 def upload(checkpoint: Path, target: Place) -> None:
@@ -111,9 +122,9 @@ def upload(checkpoint: Path, target: Place) -> None:
     target.put(checkpoint / MANIFEST, MANIFEST)
 
 
-def prune_remote(place: Place, retention: Retention, best: int | None) -> None:
-    """Remove what need not stay, and copies that never ended; of each the manifest first."""
-    staying = retention.staying(map(step_of, checkpoints_in(place.name)), best)
+def prune_remote(place: Place, retention: Retention, newest: int, best: int | None) -> None:
+    """Remove what need not stay, `newest` being the newest here, and copies that never ended; the manifests first."""
+    staying = retention.staying(map(step_of, checkpoints_in(place.name)), newest, best)
     for name in place.names():
         if is_step(name) and int(name.removeprefix(STEP)) not in staying:
             (place / name).remove(MANIFEST)
@@ -124,24 +135,24 @@ def fetch(checkpoint: Place, folder: Path) -> Path:
     """Bring a checkpoint from a URL into `folder`, its hashes checked; OSError when it cannot be had whole."""
     final = folder / checkpoint.folder_name
     partial = final.with_name(final.name + PARTIAL)
+    discard(partial)  # of an attempt that was interrupted
     for name in (*read_manifest(checkpoint)["files"], MANIFEST):
         retried(lambda name=name: checkpoint.get(name, partial / name), f"{checkpoint}/{name}")  # type: ignore[misc]
     faults = verify(partial)
     if faults:
         raise OSError(f"{checkpoint}: {'; '.join(faults)}")
-    if final.exists():
-        shutil.rmtree(final)  # brought by an attempt that ended before it saved one of its own
+    discard(final)  # damaged, or brought by an attempt that ended before it saved one of its own
     partial.rename(final)
     return final
 
 
-def fetch_newest(checkpoints: list[Place], folder: Path) -> Path | None:
+def fetch_newest(checkpoints: list[Place], folder: Path, after: int = 0) -> Path | None:
     """The newest whole one of a run's checkpoints behind a URL, and the best one, brought into `folder` with links.
 
-    None when there is none; InputError when there are some, and none of them can be had.
+    None when there is none of a step beyond `after`, or when none of those can be had.
     """
     for checkpoint in reversed(checkpoints):
-        if (newest := _fetched(checkpoint, folder)) is None:
+        if step_of(checkpoint) <= after or (newest := _fetched(checkpoint, folder)) is None:
             continue
         link(folder, LAST, newest.name)
         best = read_manifest(newest).get("state", {}).get("best_step")
@@ -149,8 +160,6 @@ def fetch_newest(checkpoints: list[Place], folder: Path) -> Path | None:
             if step_of(other) == best and (there := newest if other is checkpoint else _fetched(other, folder)):
                 link(folder, BEST, there.name)
         return newest
-    if checkpoints:
-        raise InputError(f"{checkpoints[-1]} and all before it are damaged; give another upload URL to begin anew")
     return None
 
 

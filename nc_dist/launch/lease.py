@@ -3,9 +3,9 @@
 The lease is a file that is made exclusively and touched every few seconds. It is taken over when its holder is dead,
 belongs to the same start of the run (a restarted group), or has not touched it for a minute by the observer's own
 clock: clocks of machines need not agree. Whoever finds that the file is another one has lost the lease and ends. Not
-covered: a holder that was suspended for more than a minute may write for the few seconds until it looks; storage
-without exclusive creation and renaming, such as mounted buckets; other ranks of a group whose rank 0 lost its lease,
-until their next collective.
+covered: a holder that was suspended for more than a minute may write for the few seconds until it looks, and so may the
+old rank 0 of the same start that is cut off from the others, for up to BEAT_S; storage without exclusive creation and
+renaming, such as mounted buckets; other ranks of a group whose rank 0 lost its lease, until their next collective.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ STALE_S = 60.0  # without a touch, and the holder is taken for gone
 LOOK_S = 0.5
 
 
+class Held(InputError):
+    """Another run writes to the folder: what it says of itself there is its own."""
+
+
 class Holder(NamedTuple):
     """Who holds a lease: the start of the run it belongs to, and a process."""
 
@@ -52,11 +56,20 @@ def owner() -> str:
     return uuid.uuid4().hex
 
 
-def wait_until_free(out: Path, owner: str, tell: Callable[[str], object] = print) -> Seen | None:
-    """Wait until nobody else writes to `out`; the lease that may be taken over, None where there is none.
+def free(out: Path, owner: str, tell: Callable[[str], object] = print) -> None:
+    """Wait until nobody else writes to `out`, and remove the lease of a holder that is gone.
 
-    InputError when somebody still writes after a minute.
+    Held when somebody still writes after a minute.
     """
+    old, aside = _waited(out, owner, tell), out / f"{FILE}.{uuid.uuid4().hex}"
+    if old is not None and _look(out / FILE) == old:
+        with suppress(FileNotFoundError):  # another one was faster; if its new lease goes here, it notices and ends
+            (out / FILE).rename(aside)
+            aside.unlink()
+
+
+def _waited(out: Path, owner: str, tell: Callable[[str], object]) -> Seen | None:
+    """The lease that may be taken over, as soon as there is no other; None where there is none."""
     newest = _look(out / FILE)
     began = since = time.monotonic()
     if newest is not None and not _is_free(newest, owner):
@@ -66,7 +79,7 @@ def wait_until_free(out: Path, owner: str, tell: Callable[[str], object] = print
         if now - since >= STALE_S:
             break
         if now - began >= STALE_S and now - since < 3 * BEAT_S:
-            raise InputError(f"out={out}: {_who(newest)} writes to it; wait for its end, stop it, or choose another")
+            raise Held(f"out={out}: {_who(newest)} writes to it; wait for its end, stop it, or choose another")
         time.sleep(LOOK_S)
         if (found := _look(out / FILE)) != newest:
             newest, since = found, time.monotonic()
@@ -108,11 +121,7 @@ def _take(out: Path, owner: str, tell: Callable[[str], object]) -> int:
     """Make the lease; its open file."""
     text = json.dumps(Holder(owner, os.getpid(), socket.gethostname(), _machine())._asdict())
     while True:
-        old, aside = wait_until_free(out, owner, tell), out / f"{FILE}.{uuid.uuid4().hex}"
-        if old is not None:
-            with suppress(FileNotFoundError):  # another one was faster; if its new lease goes here, it notices and ends
-                (out / FILE).rename(aside)
-                aside.unlink()
+        free(out, owner, tell)
         with suppress(FileExistsError):
             file = os.open(out / FILE, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             os.write(file, text.encode())

@@ -42,6 +42,18 @@ def cluster() -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
+def gpus_each(asked: float | None, resources: dict[str, float], who: str) -> float:
+    """GPUs of each worker or trial: what is asked for, else 1 where the cluster has any.
+
+    Said where a joined cluster has none: it may be about to grow.
+    """
+    if asked is not None:
+        return asked
+    if os.environ.get("RAY_ADDRESS") and not resources.get("GPU"):
+        print(f"the cluster has no GPUs: {who} run on CPUs; launch.gpus=1 waits for GPUs", flush=True)
+    return float(resources.get("GPU", 0) > 0)
+
+
 def check_fits(resources: dict[str, float], cpus: float, gpus: float, keys: str) -> None:
     """InputError when a cluster of our own could never hold the request; a joined one may still grow."""
     if os.environ.get("RAY_ADDRESS"):

@@ -11,7 +11,7 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our trials write their own event files
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
-from nc_dist.launch.ray_cluster import check_fits, cluster
+from nc_dist.launch.ray_cluster import check_fits, cluster, gpus_each
 
 from ray import tune
 
@@ -25,7 +25,7 @@ from nc_dist.sweep import Trial
 def run(todo: Sequence[Trial], launch: TrialPlacement, out: Path) -> None:
     """Run the trials; what became of each lies in its folder."""
     with cluster() as resources:
-        gpus = launch.gpus if launch.gpus is not None else float(resources.get("GPU", 0) > 0)
+        gpus = gpus_each(launch.gpus, resources, "trials")
         check_fits(resources, launch.cpus, gpus, "launch.cpus")
         trees = {trial.id: trial.run.model_dump(mode="json", by_alias=True) for trial in todo}
         trainable = tune.with_resources(

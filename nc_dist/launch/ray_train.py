@@ -7,13 +7,15 @@ the cluster has room for more workers, or for fewer. What no repetition can cure
 from __future__ import annotations
 
 import os
+import socket
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nc_dist.launch.ray_cluster import check_fits, cluster
+from nc_dist.launch.ray_cluster import check_fits, cluster, gpus_each
 
 import ray.train
 import ray.train.torch
@@ -24,7 +26,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from nc_dist import user_code
-from nc_dist.checkpoint import latest, step_of
+from nc_dist.checkpoint import CHECKPOINTS, SaveFailed, latest, step_of
+from nc_dist.checkpoint.manifest import checkpoints_in
 from nc_dist.config import Launch, Workers
 from nc_dist.errors import Diverged, InputError, Preempted
 from nc_dist.launch import lease
@@ -37,11 +40,17 @@ from nc_dist.spec import Spec, validate
 from nc_dist.watchdog import longest, verdict_of
 from nc_dist.world import backend, regroup
 
-FINAL: dict[str, type[Exception]] = {"InputError": InputError, "Diverged": Diverged}  # which a repetition cannot cure
+# What a repetition cannot cure, a full disk included; subclasses first. RuntimeError: repeated often enough.
+FINAL: dict[str, type[Exception]] = {
+    cls.__name__: cls for cls in (lease.Held, InputError, Diverged, SaveFailed, RuntimeError)
+}
 # Ray's own values suit large clusters with slow autoscalers; one that is set in the environment stays.
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # until a dead worker is noticed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of an attempt with as many workers as there were: then fewer
+    # While Ray waits for a node that is to go, it reports the same failure every second, and counts what follows apart
+    # from other failures: each would be a failure of ours. Without, a node that goes is a worker that dies, once.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -52,12 +61,12 @@ class Final(Exception):
 def fit(name: str, spec: Spec, sizes: list[int]) -> dict[str, Any]:
     """Run the journey `name` on Ray, in groups of one of `sizes` workers, and return its result.
 
-    Raises Preempted when it was stopped, InputError, Diverged or RuntimeError with the first failing worker's reason.
+    Raises Preempted when it was stopped, else one of FINAL with the first failing worker's reason.
     """
     launch, out = spec.launch, Path(spec.out).absolute()  # type: ignore[attr-defined]
     # Ray's start takes over SIGTERM (a stack dump, then abort): our way of stopping is put in place after it.
     with cluster() as resources, stopping_on_sigterm(also=partial(_stop, out)):
-        gpus = launch.gpus if launch.gpus is not None else float(resources.get("GPU", 0) > 0)
+        gpus = gpus_each(launch.gpus, resources, "workers")
         check_fits(resources, sizes[0] * launch.cpus, sizes[0] * gpus, "launch.workers")
         try:
             with following(out / NOTICES, print), gauges(out):
@@ -69,7 +78,7 @@ def fit(name: str, spec: Spec, sizes: list[int]) -> dict[str, Any]:
             raise _reason(error, out) from error
     result = result_of(out)
     if result is None:
-        raise Preempted(step_of(latest(out / "checkpoints")))
+        raise Preempted(step_of(latest(out / CHECKPOINTS)))
     return result
 
 
@@ -78,13 +87,14 @@ def _trainer(name: str, spec: Spec, launch: Launch, sizes: list[int], gpus: floa
     elastic = (
         {"elastic_resize_monitor_interval_s": launch.workers.look_s} if isinstance(launch.workers, Workers) else {}
     )
-    for key, value in SETTINGS.items():
+    waits = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(longest(launch.hang_s))}  # the watchdog speaks first
+    for key, value in (SETTINGS | waits).items():
         os.environ.setdefault(key, value)
     return TorchTrainer(
         _work,
         train_loop_config={
             "name": name,
-            "tree": spec.model_dump(mode="json", by_alias=True),
+            "tree": spec.model_dump(mode="json", by_alias=True) | {"out": str(out)},
             "cwd": os.getcwd(),
             "sizes": sizes,
             "owner": lease.owner(),
@@ -100,7 +110,7 @@ def _trainer(name: str, spec: Spec, launch: Launch, sizes: list[int], gpus: floa
         run_config=ray.train.RunConfig(
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",  # ours is the state, not Ray's
             storage_path=str(out / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=launch.retries),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # _Failures counts
             callbacks=[_Failures(out, launch.retries)],
         ),
     )
@@ -118,14 +128,20 @@ def _work(config: dict[str, Any]) -> None:
         os.environ["LOCAL_RANK"] = str(device.index)  # what DeepSpeed goes by
     try:
         spec: Any = validate(JOURNEYS[config["name"]].spec, config["tree"], "run")
-        tell: Callable[[str], object] = partial(note, Path(spec.out))
+        out = Path(spec.out)
+        if not out.is_dir():
+            raise InputError(f"out={out}: not on this node, {socket.gethostname()}; needs storage that all nodes share")
+        tell: Callable[[str], object] = partial(note, out)
         if _trains(config["sizes"], spec.launch, tell):
             run_journey(config["name"], spec, config["owner"], tell)
     except Preempted as stopped:
         print(stopped, flush=True)
-    except (InputError, Diverged) as error:
+    except (InputError, Diverged, SaveFailed) as error:
         kind = next(name for name, cls in FINAL.items() if isinstance(error, cls))
         raise Final(kind, str(error)) from error
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # it travels to the controller, the traceback itself does not
+        raise
 
 
 def _trains(sizes: list[int], launch: Launch, tell: Callable[[str], object]) -> bool:
@@ -140,39 +156,55 @@ def _trains(sizes: list[int], launch: Launch, tell: Callable[[str], object]) -> 
 
 
 class _Failures(UserCallback):  # type: ignore[misc]
-    """In the controller: tells of workers that failed. An end that no repetition can cure is raised: Ray ends then."""
+    """In the controller: tells of workers that failed, and counts the failures without a newer checkpoint in between.
+
+    An end that no repetition can cure is raised, and so is one failure too many: Ray ends then.
+    """
 
     def __init__(self, out: Path, retries: int) -> None:
-        self.out, self.retries, self.count = out, retries, 0
+        self.out, self.retries, self.count, self.step = out, retries, 0, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
             if isinstance(error, Final):
                 raise error
-        self.count += 1
-        then = "the group starts again from the newest checkpoint" if self.count <= self.retries else "no more retries"
-        note(self.out, f"{_said(worker_exceptions)}; failure {self.count} of {self.retries} that are retried: {then}")
+        newest = max(map(step_of, checkpoints_in(self.out / CHECKPOINTS)), default=0)
+        self.count, self.step = (1 if newest > self.step else self.count + 1), max(newest, self.step)
+        went_on = self.count <= self.retries
+        then = "the group starts again from there" if went_on else "no more retries"
+        since = f"since the checkpoint of step {newest}" if newest else "without any checkpoint"
+        note(self.out, f"{_said(worker_exceptions)}; failure {self.count} {since}, {self.retries} are retried: {then}")
+        if not went_on:
+            raise Final(RuntimeError.__name__, _details(worker_exceptions))
 
 
 def _said(failures: dict[int, Exception]) -> str:
-    """One line on the failed worker that the others failed by: one that died, else the first."""
-    died = {rank: error for rank, error in failures.items() if hasattr(error, "health_check_failure")}
-    rank, error = next(iter((died or failures).items()))
-    if died:
+    """One line on the failed worker that the others failed by."""
+    rank, error = _cause(failures)
+    if hasattr(error, "health_check_failure"):
         return f"worker {rank} died"
     return f"worker {rank} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _details(failures: dict[int, Exception]) -> str:
+    """The same, and where it failed."""
+    _, error = _cause(failures)
+    return "\n".join([_said(failures), *getattr(error, "__notes__", [str(error)])])
+
+
+def _cause(failures: dict[int, Exception]) -> tuple[int, Exception]:
+    """Rank and error of the worker that the others failed by: one that died, else the first."""
+    died = {rank: error for rank, error in failures.items() if hasattr(error, "health_check_failure")}
+    return next(iter((died or failures).items()))
 
 
 def _reason(error: TrainingFailedError, out: Path) -> Exception:
     """Why the group failed, as ours: ends that no repetition cures keep their kind, a hang its line."""
     final = getattr(error, "controller_failure", None)
-    if isinstance(final, Final):
-        kind, message = final.args
-        return FINAL[kind](message)
-    if line := verdict_of(out):
-        return RuntimeError(line)
-    failures = getattr(error, "worker_failures", None)
-    return RuntimeError(f"{_said(failures)}\n{error}" if failures else str(error))
+    kind, message = final.args if isinstance(final, Final) else (RuntimeError.__name__, str(error))
+    if kind == RuntimeError.__name__ and (line := verdict_of(out)):
+        message = line
+    return FINAL[kind](message)
 
 
 def _stop(out: Path) -> None:

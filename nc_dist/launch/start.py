@@ -7,29 +7,30 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nc_dist import console, plan, sweep
+from nc_dist import console, plan, sweep, watchdog
+from nc_dist.checkpoint import on_first
 from nc_dist.config import SweepRun
 from nc_dist.errors import DONE, FAILED, STATES, Diverged, InputError, Preempted, Terminated, exit_code
 from nc_dist.launch import lease
 from nc_dist.launch.sizes import allowed_sizes
 from nc_dist.launch.worker import JOURNEYS, ending_on_sigterm, run_journey, run_trial, stopping_on_sigterm
-from nc_dist.report import write_report
 from nc_dist.run_folder import STATUS, STOP, check_same, prepare, result_of, write_result, write_status, write_whole
 from nc_dist.spec import Spec, load
+from nc_dist.world import World, joined_world
 
 On = Literal["auto", "here", "ray"]
 Where = Literal["here", "ray"]
 
 
 class Work(NamedTuple):
-    """What was asked for, checked: its plan, and the call that does it."""
+    """What was asked for: the call that checks it and gives its plan, made by the leader, and the one that does it."""
 
-    plan: dict[str, Any]
+    plan: Callable[[], dict[str, Any]]
     run: Callable[[], None]
 
 
@@ -39,8 +40,8 @@ def start(
 ) -> int:  # fmt: skip
     """Run one journey from its file; the exit code says how it ended, status.json says the same.
 
-    `planned` is a cluster that the plan is for, instead of this one. Under torchrun every rank comes here; rank 0
-    alone checks, speaks and writes.
+    `planned` is a cluster that the plan is for, instead of this one. Under torchrun every rank comes here and joins the
+    others; rank 0 alone checks, speaks and writes, and all end with what it ends with.
     """
     out: Path | None = None
     try:
@@ -48,27 +49,52 @@ def start(
         cluster = _cluster(planned, journey, dry_run)
         folder, where = Path(spec.out), _where(on)  # type: ignore[attr-defined]
         _refuse_working_dir(folder)
-        if is_leader() and not fresh:
-            check_same(spec, folder)
-        finished = result_of(folder)
-        if not isinstance(spec, SweepRun) and not fresh and not dry_run and finished is not None:
-            if changed := JOURNEYS[journey].changed(spec, finished):
-                raise InputError(f"{folder}: finished, but {changed}; --fresh runs it anew, --name elsewhere")
-            _say(f"{folder} is finished already; --fresh runs it anew")
-            return DONE
         work = _sweep(spec, file, where) if isinstance(spec, SweepRun) else _journey(journey, spec, where, cluster)
-        if dry_run:
-            _say(f"{journey} -> {folder} ({where})\n{plan.show(work.plan)}")
-            return DONE
-        if is_leader():
-            lease.wait_until_free(folder, lease.owner())
-        out = prepare(spec, fresh) if is_leader() else folder
-        _status(out, "running", None)
-        work.run()
-        _status(out, "done", DONE)
+        with _joined(spec, where) as world:
+            if (code := _led(world, lambda: _begun(journey, spec, work, where, dry_run, fresh))) is not None:
+                return code
+            out = folder
+            work.run()
+            _status(out, "done", DONE)
         return DONE
     except (Exception, KeyboardInterrupt, Terminated) as error:
         return _ended(error, out)
+
+
+def _begun(journey: str, spec: Any, work: Work, where: Where, dry_run: bool, fresh: bool) -> int | None:
+    """The leader's part: check everything, and make the folder. The exit code where that is all."""
+    folder, is_sweep = Path(spec.out), isinstance(spec, SweepRun)
+    if not fresh:
+        check_same(spec, folder)
+    finished = result_of(folder)
+    if not is_sweep and not fresh and not dry_run and finished is not None:
+        if changed := JOURNEYS[journey].changed(spec, finished):
+            raise InputError(f"{folder}: finished, but {changed}; --fresh runs it anew, --name elsewhere")
+        _say(f"{folder} is finished already; --fresh runs it anew")
+        return DONE
+    checked = work.plan()
+    if dry_run:
+        _say(f"{journey} -> {folder} ({where})\n{plan.show(checked)}")
+        return DONE
+    lease.free(folder, lease.owner())
+    _status(prepare(spec, fresh), "running", None)
+    return None
+
+
+def _led(world: World, work: Callable[[], int | None]) -> int | None:
+    """work() of the leader, on every rank; where it fails, the leader alone says why."""
+    try:
+        return on_first(world, work)
+    except Exception as error:
+        if is_leader():
+            raise
+        return exit_code(error)
+
+
+def _joined(spec: Any, where: Where) -> AbstractContextManager[World]:
+    """Before anything is checked, as a rank that is gone by then would keep the others waiting for the group."""
+    is_rank = where == "here" and "RANK" in os.environ
+    return joined_world(watchdog.longest(spec.launch.hang_s)) if is_rank else nullcontext(World())
 
 
 def is_leader() -> bool:
@@ -116,9 +142,10 @@ def _journey(name: str, spec: Any, where: Where, cluster: plan.Cluster | None) -
         sizes = allowed_sizes(spec.launch.workers, JOURNEYS[name].micro(spec))
     if cluster is not None and cluster.world is not None:
         sizes = [cluster.world]
-    checked = JOURNEYS[name].check(spec, sizes[-1], *([cluster] if cluster else [])) if is_leader() else {}
-    if len(sizes) > 1:
-        checked["workers on Ray, as many as there are"] = sizes
+
+    def checked() -> dict[str, Any]:
+        elastic = {"workers on Ray, as many as there are": sizes} if len(sizes) > 1 else {}
+        return JOURNEYS[name].check(spec, sizes[-1], *([cluster] if cluster else [])) | elastic
 
     def run() -> None:
         with console.following(out) if is_leader() else nullcontext():
@@ -156,6 +183,8 @@ def _sweep(spec: SweepRun, file: Path, where: Where) -> Work:
                     sweep.run_here(todo, spec.launch.retries, run_trial)
         failed = sweep.unfinished(trials)
         if len(failed) < len(trials):
+            from nc_dist.report import write_report  # half a second, which no other journey needs
+
             write_report(out, out)
         if failed:
             named = "\n  ".join(f"{trial.id}: see {trial.out}/status.json" for trial in failed)
@@ -163,7 +192,7 @@ def _sweep(spec: SweepRun, file: Path, where: Where) -> Work:
         write_result(out, {"journey": "sweep", "trials": [trial.id for trial in trials]})
         _say(f"all {len(trials)} trials are done; table: {out}/results.csv")
 
-    return Work({trial.id: "done" if trial.is_finished() else "to do" for trial in trials}, run)
+    return Work(lambda: {trial.id: "done" if trial.is_finished() else "to do" for trial in trials}, run)
 
 
 def _ended(error: BaseException, out: Path | None) -> int:
@@ -178,22 +207,27 @@ def _ended(error: BaseException, out: Path | None) -> int:
     else:
         traceback.print_exception(error)
         print(f"failed: {error}", file=sys.stderr)
+    if out is None or isinstance(error, lease.Held):
+        return code  # the folder is not ours
     final = isinstance(error, InputError | Diverged)
-    if out is not None and (final or (is_leader() and not (code == FAILED and _another_told(out)))):
+    if final or (is_leader() and not (code == FAILED and _another_told(out))):
         write_status(out, STATES[code], code, f"{type(error).__name__}: {error}", _command())
     return code
 
 
 def _another_told(out: Path) -> bool:
-    """Whether another rank said why the group ends: this one failed because that one was gone."""
-    status = json.loads((out / STATUS).read_text())
-    return status["pid"] != os.getpid() and status["code"] is not None
+    """Whether another rank said why the group ends: this one failed, or waits, because that one was gone."""
+    with suppress(OSError, ValueError):
+        status = json.loads((out / STATUS).read_text())
+        return bool(status["pid"] != os.getpid() and status["code"] is not None)
+    return False
 
 
 def _hung(out: Path, line: str) -> None:
     """On a rank that ends the group because one hangs."""
     print(line, file=sys.stderr, flush=True)
-    write_status(out, STATES[FAILED], FAILED, line, _command())
+    if not _another_told(out):
+        write_status(out, STATES[FAILED], FAILED, line, _command())
 
 
 def _command() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 NOTICES = "notices.txt"
@@ -13,9 +13,12 @@ POLL_S = 0.5
 
 
 def note(out: Path, text: str) -> None:
-    """Add a line to the run's notices, and print it: on Ray the driver shows what workers and controller note."""
+    """Add a line to the run's notices, and print it: on Ray the driver shows what workers and controller note.
+
+    What is to be told may be that the disk is full: a line that cannot be added is printed all the same.
+    """
     print(text, flush=True)
-    with (out / NOTICES).open("a") as file:
+    with suppress(OSError), (out / NOTICES).open("a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 

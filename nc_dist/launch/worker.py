@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ from nc_dist.config import FinetuneRun, MeasureRun, PretrainRun
 from nc_dist.errors import STATES, Terminated, exit_code
 from nc_dist.launch import lease
 from nc_dist.loop import At
-from nc_dist.run_folder import STOP, prepare, result_of, write_result, write_status
+from nc_dist.run_folder import STOP, appears, prepare, result_of, write_result, write_status
 from nc_dist.spec import Spec
 from nc_dist.world import World, joined_world
 
@@ -30,6 +30,7 @@ class Journey(NamedTuple):
     run: Callable[[Any, World, Callable[[], bool], At], dict[str, Any]]  # (run, world, stop asked?, at) -> the result
     micro: Callable[[Any], int | None]  # of a step, which processes share evenly; None: any number of them will do
     changed: Callable[[Any, dict[str, Any]], str | None] = lambda run, result: None  # since then: why it is out of date
+    leftovers: tuple[str, ...] = ()  # folders that go once the result is there: the export holds what is worth keeping
 
 
 def micro_per_step(run: PretrainRun | FinetuneRun) -> int | None:
@@ -41,7 +42,9 @@ def micro_per_step(run: PretrainRun | FinetuneRun) -> int | None:
 
 JOURNEYS = {
     "pretrain": Journey(PretrainRun, pretrain_check.check, pretrain.pretrain, micro_per_step),
-    "finetune": Journey(FinetuneRun, finetune.check, finetune.finetune, micro_per_step, finetune.changed),
+    "finetune": Journey(
+        FinetuneRun, finetune.check, finetune.finetune, micro_per_step, finetune.changed, ("checkpoints",)
+    ),
     "measure": Journey(
         MeasureRun,
         measure.check,
@@ -51,7 +54,7 @@ JOURNEYS = {
     ),
 }
 
-_stop_asked = threading.Event()
+_stop_asked: list[int] = []  # signals; an event or a lock could be held by the very code that a signal interrupts
 
 
 def run_journey(
@@ -85,6 +88,8 @@ def run_journey(
             world.barrier()
         if world.rank == 0:
             write_result(out, result)
+            for left in JOURNEYS[name].leftovers:
+                shutil.rmtree(out / left, ignore_errors=True)
         world.barrier()
     return result
 
@@ -106,7 +111,7 @@ def run_trial(run: FinetuneRun) -> dict[str, Any]:
 
 def _stop_request(out: Path, world: World) -> Callable[[], bool]:
     """Whether this process got SIGTERM, or (looked at by rank 0) the run's stop file is there."""
-    return lambda: _stop_asked.is_set() or (world.rank == 0 and (out / STOP).exists())
+    return lambda: bool(_stop_asked) or (world.rank == 0 and appears(out / STOP))
 
 
 @contextmanager
@@ -114,7 +119,7 @@ def stopping_on_sigterm(also: Callable[[], object] = lambda: None) -> Iterator[N
     """SIGTERM and SIGUSR1 ask training to save and stop, instead of ending the process."""
 
     def ask(number: int, frame: object) -> None:
-        _stop_asked.set()
+        _stop_asked.append(number)
         also()
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from nc_dist.spec import load
 
 pytestmark = pytest.mark.slow
 
-HANG_S = 5
+HANG_S = 10
 SETTINGS = ["epochs=40", "measure_every=1000", "save_every=20", f"launch.hang_s={HANG_S}"]
 
 
@@ -83,7 +84,8 @@ def test_a_rank_that_is_stopped_altogether_is_named_and_the_run_goes_on_from_its
         assert group[0][0].wait(60) == 1
         said = group[0][1].read_text()
         group[1][0].send_signal(signal.SIGKILL)
-    assert "hang: rank 1 gives no sign of life" in said and f"step {step_of(out) + 1}, gradients" in said
+    waits = f"step {step_of(out) + 1}, (gradients|update)"  # for what rank 1 owed it when it was stopped
+    assert re.search(f"hang: rank 1 gives no sign of life.* {waits}", said), said
     assert step_of(out) - stopped_at <= 2
     assert "rank 1" in read_json(out / "status.json")["reason"]
     assert not (out / "hangs/rank_1.txt").exists()

@@ -56,7 +56,7 @@ def test_a_stopped_worker_is_named_on_the_driver_s_console_and_the_group_starts_
     ray_head: Any, tmp_path: Path
 ) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    command = ["pretrain", SMALL, f"out={out}", *LONG, "launch.hang_s=6"]
+    command = ["pretrain", SMALL, f"out={out}", *LONG, "launch.hang_s=10"]
     with started(log, *command, env=ray_head.env) as driver:
         wait_for(lambda: step_of(out) >= 30, 120, "30 steps", driver)
         stopped = trainers(ray_head)
@@ -92,16 +92,14 @@ def test_kill_9_of_the_driver_and_the_same_command_at_once_with_a_surplus_worker
     assert max(relative(found[step], expected[step]) for step in found) < 1e-9
 
 
-def test_a_second_start_is_refused_while_the_first_one_trains_and_shows_gauges(ray_head: Any, tmp_path: Path) -> None:
-    """Ends by Ctrl-C: interrupted, not done."""
+def test_a_run_shows_gauges_and_keeps_a_second_start_waiting_and_ends_by_ctrl_c(ray_head: Any, tmp_path: Path) -> None:
     out, log, second = tmp_path / "gauged", tmp_path / "log", tmp_path / "second"
     command = ["pretrain", SMALL, f"out={out}", *LONG, "launch.workers=1"]
     with started(log, *command, env=ray_head.env) as driver:
         wait_for(lambda: step_of(out) >= 5, 120, "5 steps", driver)
         with started(second, *command, "--on", "here") as other:
             metrics = scraped_until(ray_head, 'run="gauged"')
-            assert other.wait(120) == 2, second.read_text()
-        assert "writes to it" in second.read_text() and "waiting up to 60 s" in second.read_text()
+            wait_for(lambda: "waiting up to 60 s" in second.read_text(), 60, "the second one waits", other)
         assert read_json(out / "status.json")["state"] == "running"
         step = step_of(out)
         wait_for(lambda: step_of(out) > step, 60, "the first one goes on", driver)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nc_dist import checkpoint
+from nc_dist.checkpoint import retention
 from nc_dist.checkpoint.manifest import read_manifest, saved_state
 from nc_dist.checkpoint.retention import chosen_steps
 from nc_dist.errors import InputError
@@ -29,7 +30,7 @@ class FakeEngine:
         return [folder / "weights", folder / "zero/part"]
 
 
-def save(folder: Path, step: int, best: bool = False, dies: BaseException | None = None, **more: Any) -> Path:
+def save(folder: Path, step: int, best: int | None = None, dies: BaseException | None = None, **more: Any) -> Path:
     engine: Any = FakeEngine(dies)
     return checkpoint.save(folder, engine, step, {"step": step}, World(), best=best, **more)
 
@@ -39,7 +40,7 @@ def steps(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_is_whole_and_the_links_point_to_it(tmp_path: Path) -> None:
-    assert save(tmp_path, 5, best=True) == tmp_path / "step_5"
+    assert save(tmp_path, 5, best=5) == tmp_path / "step_5"
     assert checkpoint.verify(tmp_path / "step_5") == []
     assert steps(tmp_path) == ["best", "last", "step_5"]
     assert (tmp_path / "last").readlink() == Path("step_5")  # relative: the folder may be moved
@@ -48,18 +49,18 @@ def test_a_checkpoint_is_whole_and_the_links_point_to_it(tmp_path: Path) -> None
 
 
 def test_last_moves_on_and_best_stays_with_the_best(tmp_path: Path) -> None:
-    save(tmp_path, 1, best=True)
-    save(tmp_path, 2)
+    save(tmp_path, 1, best=1)
+    save(tmp_path, 2, best=1)
     assert ((tmp_path / "last").readlink().name, (tmp_path / "best").readlink().name) == ("step_2", "step_1")
-    save(tmp_path, 3, best=True)
+    save(tmp_path, 3, best=3)
     assert ((tmp_path / "last").readlink().name, (tmp_path / "best").readlink().name) == ("step_3", "step_3")
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 9, 10, 11):
-        save(tmp_path, step, best=step == 2)
+        save(tmp_path, step, best=2 if step > 1 else None)
     assert steps(tmp_path) == ["best", "last", "step_10", "step_11", "step_2"]
-    save(tmp_path, 12, best=True)
+    save(tmp_path, 12, best=12)
     assert steps(tmp_path) == ["best", "last", "step_11", "step_12"]
 
 
@@ -81,7 +82,7 @@ def test_an_interrupted_save_is_never_picked_up_and_the_next_one_succeeds(tmp_pa
 
 
 def test_the_same_step_reached_again_replaces_itself(tmp_path: Path) -> None:
-    save(tmp_path, 1, best=True)
+    save(tmp_path, 1, best=1)
     (tmp_path / "step_1/stray").write_text("of the first attempt")
     save(tmp_path, 1)
     assert not (tmp_path / "step_1/stray").exists() and checkpoint.verify(tmp_path / "step_1") == []
@@ -161,6 +162,46 @@ def test_what_earlier_attempts_left_half_written_or_half_removed_goes_with_the_n
     assert steps(tmp_path) == ["last", "step_2", "step_4"]
 
 
+def test_what_was_passed_over_does_not_push_out_what_is_sound(tmp_path: Path) -> None:
+    """Gone on from step 10, below the damaged 20 and 30; the best one was among these."""
+    for step in (10, 20, 30):
+        save(tmp_path, step, best=min(step, 20), retention=checkpoint.Retention(3))
+    for step in (20, 30):
+        (tmp_path / f"step_{step}/weights").unlink()
+    save(tmp_path, 15, best=10)
+    assert steps(tmp_path) == ["best", "last", "step_10", "step_15"]
+    assert (tmp_path / "best").readlink().name == "step_10"
+
+
+@pytest.mark.parametrize("gone", [None, 7])
+def test_a_link_to_a_best_that_is_not_there_goes(tmp_path: Path, gone: int | None) -> None:
+    save(tmp_path, 8, best=8)
+    save(tmp_path, 9, best=gone)
+    assert steps(tmp_path) == ["last", "step_8", "step_9"]
+
+
+def test_a_folder_that_cannot_be_removed_ends_no_save_and_goes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file that is open stays under another name."""
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(path))
+
+    save(tmp_path, 1)
+    (tmp_path / "step_1/stray").write_text("of the first attempt")
+    (tmp_path / "step_2.partial").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(retention.shutil, "rmtree", busy)
+        for step in (1, 2, 3):
+            save(tmp_path, step)
+    assert [name for name in steps(tmp_path) if not name.endswith(".partial")] == ["last", "step_2", "step_3"]
+    assert len([name for name in steps(tmp_path) if name.endswith(".partial")]) == 3
+    save(tmp_path, 4)
+    assert steps(tmp_path) == ["last", "step_3", "step_4"]
+
+
 def test_one_that_is_being_copied_is_pruned_later(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step)
@@ -183,14 +224,19 @@ STEPS = st.sets(st.integers(1, 50), max_size=12)
 
 
 @given(
-    STEPS, st.none() | st.integers(1, 4), st.frozensets(st.integers(1, 50), max_size=3), st.none() | st.integers(1, 50)
+    there=STEPS,
+    keep=st.none() | st.integers(1, 4),
+    chosen=st.frozensets(st.integers(1, 50), max_size=3),
+    best=st.none() | st.integers(1, 50),
+    last=st.integers(1, 50),
 )
 def test_retention_keeps_the_newest_the_chosen_and_the_best_and_no_other(
-    there: set[int], keep: int | None, chosen: frozenset[int], best: int | None
+    there: set[int], keep: int | None, chosen: frozenset[int], best: int | None, last: int
 ) -> None:
-    staying = checkpoint.Retention(keep, chosen).staying(there, best)
-    newest = set(sorted(there)[-keep:]) if keep else there
-    assert staying == newest | (there & (chosen | {best}))
+    staying = checkpoint.Retention(keep, chosen).staying(there, last, best)
+    past = {step for step in there if step <= last}
+    newest = set(sorted(past)[-keep:]) if keep else past
+    assert staying == newest | (past & (chosen | {best}))
 
 
 def test_chosen_epochs_are_whole_steps_the_first_at_least() -> None:

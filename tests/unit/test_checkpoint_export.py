@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
     for step in (1, 2, 3):
         state = {"step": step, "best_step": min(step, 2)}
         folder, kept = tmp_path / "run/checkpoints", checkpoint.Retention(None)
-        checkpoint.save(folder, engine, step, state, World(), best=step < 3, retention=kept, beside=weights)
+        checkpoint.save(folder, engine, step, state, World(), best=min(step, 2), retention=kept, beside=weights)
     return tmp_path / "run"
 
 

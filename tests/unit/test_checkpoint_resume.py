@@ -151,6 +151,56 @@ def test_an_empty_folder_goes_on_from_what_was_uploaded_and_only_from_its_own(
     assert (tmp_path / "anew" / FRESH).is_file() and not (tmp_path / "anew/checkpoints").exists()
 
 
+def test_what_was_uploaded_goes_before_older_or_damaged_checkpoints_here(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a run goes on at a node whose disk has an older state of it."""
+    url = f"upload=file://{tmp_path}/there"
+    of = made(tree, tmp_path / "lost", url)
+    for step in (3, 5):
+        save(of, step)
+    Uploads(of[0].upload, Path(of[0].out) / "checkpoints", retention_of(*of), World()).close()
+
+    for name, steps, damaged, expected in (
+        ("older", (2,), (), 5),
+        ("newer", (6,), (), 6),
+        ("the same", (5,), (), 5),
+        ("damaged beyond", (2, 7), (7,), 5),
+        ("damaged", (7,), (7,), 5),
+    ):
+        again = made(tree, tmp_path / name, url)
+        for step in steps:
+            save(again, step)
+        for step in damaged:
+            (tmp_path / name / f"checkpoints/step_{step}/weights").write_text("?")
+        begins = str(check_given(*again))
+        assert resume_from(*again) == tmp_path / f"{name}/checkpoints/step_{expected}", name
+        assert damaged or begins.startswith(f"step {expected}, {'file' if name == 'older' else tmp_path}")
+
+    for step in (3, 5):
+        (tmp_path / f"there/step_{step}/weights").write_text("?")
+    stale, broken = made(tree, tmp_path / "stale", url), made(tree, tmp_path / "broken", url)
+    own = save(stale, 2)
+    assert resume_from(*stale) == own
+    assert "step_5 is damaged and passed over" in capsys.readouterr().out
+    with pytest.raises(InputError, match="step_5 and all before it are damaged; give another upload URL"):
+        resume_from(*broken)
+    save(broken, 2)
+    (tmp_path / "broken/checkpoints/step_2/weights").write_text("?")
+    with pytest.raises(InputError, match=r"none of the 1 checkpoints is whole.* --fresh"):
+        resume_from(*broken)
+
+
+def test_a_store_that_cannot_be_read_ends_no_run_that_has_a_checkpoint_here(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = made(tree, tmp_path / "new", f"upload=file://{tmp_path}/{'x' * 300}")
+    own = save(of, 2)
+    assert resume_from(*of) == own
+    assert f"cannot be read ([Errno 36] File name too long: '{tmp_path}" in (said := capsys.readouterr().out)
+    assert f"the run goes on from {own}" in said and said.count("\n") == 1
+
+
 def test_a_store_that_cannot_be_read_or_copied_from_is_told_by_its_key_with_a_remedy(
     tree: dict[str, Any], tmp_path: Path, old: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:

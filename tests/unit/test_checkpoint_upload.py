@@ -35,7 +35,7 @@ class Engine:
 def save(folder: Path, step: int, best_step: int | None = None, retention: Retention = Retention()) -> Path:  # noqa: B008
     engine: Any = Engine()
     state = {"step": step, "best_step": best_step}
-    return checkpoint.save(folder, engine, step, state, World(), best=best_step == step, retention=retention)
+    return checkpoint.save(folder, engine, step, state, World(), best=best_step, retention=retention)
 
 
 def uploaded(url: str, folder: Path, steps: dict[int, int | None], retention: Retention) -> dict[str, Any]:
@@ -122,8 +122,24 @@ def test_a_damaged_copy_is_passed_over_and_only_damaged_ones_are_an_error(
     assert fetch_newest(checkpoints_in(url), tmp_path / "back") == tmp_path / "back/step_1"
     assert "step_2 is damaged and passed over" in capsys.readouterr().out
     (Place(url) / "step_1").remove("weights")
-    with pytest.raises(InputError, match="step_2 and all before it are damaged"):
-        fetch_newest(checkpoints_in(url), tmp_path / "again")
+    assert fetch_newest(checkpoints_in(url), tmp_path / "again") is None
+    assert fetch_newest(checkpoints_in(url), tmp_path / "again", after=2) is None
+
+
+def test_copies_of_a_future_that_is_run_again_go_and_what_an_interrupted_fetch_left_is_no_part_of_the_next(
+    tmp_path: Path,
+) -> None:
+    url, here, back = f"file://{tmp_path}/there", tmp_path / "here", tmp_path / "back"
+    uploaded(url, here, {10: None, 20: None, 30: None}, Retention(2))
+    for step in (20, 30):
+        shutil.rmtree(here / f"step_{step}")
+    uploaded(url, here, {15: None}, Retention(2))
+    assert there(url) == [15]
+
+    (back / "step_15.partial").mkdir(parents=True)
+    (back / "step_15.partial/stray").write_text("of an earlier fetch")
+    assert fetch_newest(checkpoints_in(url), back) == back / "step_15"
+    assert sorted(path.name for path in (back / "step_15").iterdir()) == [MANIFEST, "weights", "zero"]
 
 
 def test_the_manifest_is_written_last_and_a_step_reached_again_is_committed_anew(
@@ -185,10 +201,14 @@ def test_a_stop_does_not_wait_for_a_slow_store_and_the_next_start_copies_what_is
     monkeypatch.setattr(Place, "put", slow)
     save(tmp_path / "here", 1)
     uploads, began = Uploads(url, tmp_path / "here", Retention(), World()), time.monotonic()
-    assert uploads.close(wait_s=0.1)["upload"]["uploaded"] == [] and time.monotonic() - began < 10
+    signs: list[float] = []
+    monkeypatch.setattr(upload, "STOP_WAIT_S", 0.1)
+    monkeypatch.setattr(upload, "POLL_S", 0.05)
+    assert uploads.close(lambda: len(signs) > 3, lambda: signs.append(time.monotonic())) is None
+    assert len(signs) > 4 and time.monotonic() - began < 10, "it waits on, and says that it is alive, until it is asked"
     assert f"not all checkpoints are copied to {url} yet" in capsys.readouterr().out
     goes_on.set()
-    uploads.close()
+    assert uploads.close() is not None
     shutil.rmtree(tmp_path / "there")
     assert Uploads(url, tmp_path / "here", Retention(), World()).close()["upload"]["uploaded"] == [1]
 

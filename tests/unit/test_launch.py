@@ -59,6 +59,11 @@ def test_a_file_is_followed_from_where_it_ends_to_its_last_whole_line(tmp_path: 
     assert len(seen) == 2 and seen[0].endswith(" one") and seen[1] == "half two"
 
 
+def test_a_notice_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note(tmp_path / "gone", "the disk is full")
+    assert capsys.readouterr().out == "the disk is full\n"
+
+
 def test_a_file_that_is_cut_back_is_followed_from_its_new_end(tmp_path: Path) -> None:
     path, seen = tmp_path / "metrics.jsonl", list[str]()
     path.write_text("a\nb\nc\n")

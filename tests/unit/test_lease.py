@@ -49,7 +49,7 @@ def elsewhere(out: Path) -> None:
 
 
 def test_a_lease_is_held_while_the_block_runs_and_free_afterwards(tmp_path: Path) -> None:
-    lease.wait_until_free(tmp_path / "not there yet", "a")
+    lease.free(tmp_path / "not there yet", "a")
     with lease.held(tmp_path, "a"):
         assert lease.is_held(tmp_path)
         assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == os.getpid()
@@ -61,7 +61,7 @@ def test_another_start_waits_and_is_refused_while_the_holder_touches_it(tmp_path
     process = holder(tmp_path, "a", 60)
     try:
         elsewhere(tmp_path)
-        with pytest.raises(InputError, match=r"on node7 writes to it"), lease.held(tmp_path, "b", said.append):
+        with pytest.raises(lease.Held, match=r"on node7 writes to it"), lease.held(tmp_path, "b", said.append):
             pass
         assert len(said) == 1 and "waiting up to 2 s" in said[0]
         assert process.poll() is None, "the holder goes on"
@@ -97,6 +97,18 @@ def test_a_holder_on_another_machine_that_gives_no_sign_is_taken_for_gone(tmp_pa
         assert 1.4 < time.monotonic() - began < 5
 
 
+def test_who_waited_for_a_stale_lease_has_removed_it_so_that_nobody_waits_again(tmp_path: Path) -> None:
+    process = holder(tmp_path, "a", 60)
+    process.kill()
+    process.wait()
+    elsewhere(tmp_path)
+    lease.free(tmp_path, "b")
+    assert list(tmp_path.iterdir()) == []
+    said: list[str] = []
+    with lease.held(tmp_path, "c", said.append):
+        assert said == []
+
+
 def test_a_restarted_group_takes_its_own_lease_at_once_and_the_old_holder_ends(tmp_path: Path) -> None:
     process = holder(tmp_path, "a", 60)
     began = time.monotonic()
@@ -109,8 +121,8 @@ def test_a_restarted_group_takes_its_own_lease_at_once_and_the_old_holder_ends(t
 def test_a_lease_that_is_made_between_look_and_take_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process, look, free = holder(tmp_path, "a", 60), lease.wait_until_free, [None]
-    monkeypatch.setattr(lease, "wait_until_free", lambda *args: free.pop() if free else look(*args))
+    process, look, free = holder(tmp_path, "a", 60), lease.free, [None]
+    monkeypatch.setattr(lease, "free", lambda *args: free.pop() if free else look(*args))
     try:
         elsewhere(tmp_path)
         with pytest.raises(InputError), lease.held(tmp_path, "b"):
