@@ -71,19 +71,22 @@ def restore(zero: Any, rank: int, shards: Sequence[Shard]) -> list[Tensor] | Non
     averages = [flat.pop(AVERAGES) for flat in found if AVERAGES in flat]
     for weights, flat in zip(own, found, strict=True):
         weights.copy_(flat.pop(WEIGHTS))
-        _set_state(zero.optimizer.state[weights], flat, weights)
+        _set_state(zero.optimizer.state[weights], flat, weights, bool(zero.optimizer.defaults.get("fused")))
     publish(zero)
     return averages or None
 
 
-def _set_state(state: dict[str, Any], saved: Flat, weights: Tensor) -> None:
-    """The state of one flat tensor. Tensors that are there keep their place: DeepSpeed has views of them."""
+def _set_state(state: dict[str, Any], saved: Flat, weights: Tensor, fused: bool) -> None:
+    """The state of one flat tensor. Tensors that are there keep their place: DeepSpeed has views of them.
+
+    Step counts lie on the CPU, as torch has them, unless updates are `fused`.
+    """
     for key, value in saved.items():
         if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
             state[key].copy_(value)
         else:
-            per_element = isinstance(value, Tensor) and value.shape == weights.shape
-            state[key] = value.to(weights.device) if per_element else value
+            near = isinstance(value, Tensor) and (fused or value.shape == weights.shape)
+            state[key] = value.to(weights.device) if near else value
 
 
 def publish(zero: Any) -> None:

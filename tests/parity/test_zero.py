@@ -24,6 +24,7 @@ CLIPPED = ["epochs=0.12", "engine.clip=1.2"]  # 5 steps; two micro-batches for e
 VARIED = {  # 5 steps each
     "mixup": [*CLIPPED, "data.mix.kind=mixup", "ema=0.8", "measure_every=5", "optim.layer_decay=0.7"],
     "supcon": [*CLIPPED, "loss.kind=supcon", "model.head.kind=mlp", "engine.clip=0.2", "measure_every=5"],
+    "pgd": [*CLIPPED, "adversary={kind: pgd, epsilon: 1.0}", "engine.recompute=true"],
 }
 UNCLIPPED = ["engine.clip=0.0", "batch.micro=16", "measure_every=50"]  # 50 steps, one micro-batch for each rank
 
@@ -77,7 +78,9 @@ def test_zero_is_torch_with_clipping_and_accumulation(clipped: Any, engine: str)
 
 @pytest.mark.parametrize("engine", list(ENGINES)[1:])
 @pytest.mark.parametrize("case", list(VARIED))
-def test_zero_is_torch_with_mixup_averages_layer_decay_and_a_coupled_loss(varied: Any, case: str, engine: str) -> None:
+def test_zero_is_torch_with_mixing_averages_layer_decay_coupling_and_attacks(
+    varied: Any, case: str, engine: str
+) -> None:
     losses, norms, averaged = varied[case]["torch"]
     assert len(losses) == 5 and max(norms) > 0.2 and len(averaged) == 2 * (case == "mixup"), varied[case]["torch"]
     assert worst(varied[case], engine) < 1e-5
