@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 from processes import FP64, SMALL, Head, child_env, cli, end, free_ports, said, wait_for
 
+ALONE = ("ray", "parity", "cluster")  # many processes and clocks: one such test at a time
 UNEVEN = (60, 45, 40, 36, 33, 30, 28, 25, 23, 20)  # samples of each digit
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup`: one process has the folders ALONE, the others a file at a time."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(pytest.mark.xdist_group("alone" if folder in ALONE else str(item.path)))
 
 
 @pytest.fixture(scope="session")

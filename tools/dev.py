@@ -201,8 +201,11 @@ def dispatch(command: str, venv: Path, extra: Sequence[str]) -> int:
     if command == "demo":
         print("The demo takes about 8 minutes on 2 cores the first time.")
         return run([python, "tools/demo.py", *extra], child_env(venv))
-    print("The tests take about 17 minutes on 2 cores.")
-    return run([python, "-m", "pytest", "-o", "console_output_style=count", *extra], child_env(venv))
+    print("The tests take about half an hour on 2 cores.")
+    return run(
+        [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-o", "console_output_style=count", *extra],
+        child_env(venv),
+    )
 
 
 def main(argv: Sequence[str]) -> int:

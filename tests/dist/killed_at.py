@@ -27,7 +27,7 @@ def dying(call: Any, when: Any, half: Any = None) -> Any:
     """`call` that kills this process where `when` holds of its arguments, after doing half of its work."""
 
     def instead(*args: Any, **named: Any) -> Any:
-        if os.environ["RANK"] == rank and when(*args):
+        if os.environ["RANK"] == rank and when(*args, **named):
             if half:
                 half(*args)
             die()
@@ -52,11 +52,11 @@ if phase == "a rank writes":
 elif phase == "files written":  # before they are hashed and told
     os.fsync = dying(os.fsync, lambda handle: MARK in os.readlink(f"/proc/self/fd/{handle}"))
 elif phase == "manifest written":
-    Path.rename = dying(Path.rename, lambda self, target: self.name == MARK)  # type: ignore[method-assign]
+    Path.rename = dying(Path.rename, lambda self, target: f"{Path(target).name}.partial" == MARK)  # type: ignore[method-assign]
 elif phase == "renamed":
     Path.symlink_to = dying(Path.symlink_to, lambda self, target: f"{target}.partial" == MARK)  # type: ignore
 elif phase == "pruning":
-    shutil.rmtree = dying(shutil.rmtree, lambda path: Path(path).name == MARK and Path(path).exists(), remove_half)
+    shutil.rmtree = dying(shutil.rmtree, lambda path, **_: Path(path).name.startswith(f"step_{step}."), remove_half)
 else:
     raise SystemExit(f"no such phase: {phase}")
 
