@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2 --dist loadgroup`: one process has the folders ALONE, the others a file at a time."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in (*ALONE, "dist", "journeys"):
+            item.add_marker(pytest.mark.slow)  # they start processes
         item.add_marker(pytest.mark.xdist_group("alone" if folder in ALONE else str(item.path)))
 
 
